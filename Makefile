@@ -1,0 +1,44 @@
+# `make demo`, `make test` and `make lint` each work alone: they need Python 3.11 or newer, make and pip.
+#
+#   PYTHON=...       the interpreter the environment is made with
+#   VENV=...         where the environment lives
+#   TORCH_FLAGS=...  pip flags for torch alone, for example an index of CPU-only builds (see README.md)
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH_FLAGS ?=
+
+BIN := $(VENV)/bin
+# The environment needs no pip of its own: the one beside PYTHON installs into it.
+PIP := $(PYTHON) -m pip --python $(BIN)/python
+STAMP := $(VENV)/.pagedllm-installed
+PROJECTS := pyproject.toml integrations/langchain/pyproject.toml integrations/llama_index/pyproject.toml
+SOURCES := pagedllm_core integrations/langchain/langchain_pagedllm integrations/llama_index/llama_index
+
+.PHONY: demo test lint format install clean
+
+demo: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(SOURCES)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(STAMP)
+
+$(STAMP): $(PROJECTS) constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
+	$(PIP) install -c constraints.txt $(TORCH_FLAGS) torch
+	$(PIP) install -c constraints.txt -e ".[test,lint]" -e integrations/langchain -e integrations/llama_index
+	touch $@
+
+clean:
+	rm -rf $(VENV)
