@@ -1,0 +1,214 @@
+"""The engine that every thread and event loop of a process may share."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from pagedllm_core.config import EngineConfig
+from pagedllm_core.engine import Engine
+from pagedllm_core.intake import Prompt
+from pagedllm_core.metrics import EngineStats
+from pagedllm_core.model.interface import Runner
+from pagedllm_core.outputs import RequestOutput
+from pagedllm_core.params import SamplingParams
+from pagedllm_core.request import Request
+from pagedllm_core.streams import RequestHandle
+from pagedllm_core.worker import EngineWorker
+
+__all__ = ["AsyncEngine", "RequestHandle", "open_engines"]
+
+Result = TypeVar("Result")
+
+_OPEN: weakref.WeakSet[AsyncEngine] = weakref.WeakSet()  # what `list_engines` shows; owns nothing
+_OPEN_LOCK = threading.Lock()
+
+
+def open_engines() -> list[AsyncEngine]:
+    """Every engine of the process that has not been closed."""
+    with _OPEN_LOCK:
+        return [engine for engine in _OPEN if not engine.closed]
+
+
+class AsyncEngine:
+    """A paged engine on a thread of its own; all its callers share one batch.
+
+    Args:
+        config: What the engine is; or give its fields as keyword arguments.
+        runner: A loaded model (for tests); by default the one that the configuration names is loaded.
+        **fields: Fields of `EngineConfig`, where `config` is not given.
+
+    Raises:
+        ModelLoadError: The model cannot be loaded.
+        InvalidRequestError: A configuration field cannot be served.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, *, runner: Runner | None = None, **fields: Any) -> None:
+        if config is not None and fields:
+            raise TypeError(f"give a config or its fields, not both: {', '.join(fields)}")
+        self.config = EngineConfig(**fields) if config is None else config
+        self._worker = EngineWorker(Engine(self.config, runner=runner))
+        self._intake = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pagedllm-intake")
+        # The thread holds the worker only, so an engine that nobody names any more closes itself.
+        self._finalizer = weakref.finalize(self, _close, self._worker, self._intake)
+        with _OPEN_LOCK:
+            _OPEN.add(self)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer, or None."""
+        return self._worker.core.runner.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Context limit in tokens."""
+        return self._worker.core.runner.max_model_len
+
+    @property
+    def closed(self) -> bool:
+        """True once the engine accepts no more requests."""
+        return not self._worker.alive
+
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> RequestHandle:
+        """Validate, tokenize (on this thread) and queue one request, from any thread.
+
+        Args:
+            prompt: Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+            sampling_params: vLLM's defaults if None.
+            **options: `request_id, priority, share_key, timeout` (seconds), and `stream` (True: what is new after
+                each step; False: one output at the end, which costs the engine less).
+
+        Raises:
+            InvalidRequestError: A field cannot be served; nothing was allocated.
+            CapacityError: The request can never fit the pool.
+            EngineClosedError: The engine was closed.
+        """
+        return self.enqueue(self.prepare(prompt, sampling_params, **options))
+
+    def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> Request:
+        """The first half of `submit`: tokenize and validate, without queueing anything."""
+        self._worker.check_open()
+        return self._worker.core.intake.prepare(prompt, sampling_params, **options)
+
+    def enqueue(self, request: Request) -> RequestHandle:
+        """The second half of `submit`: queue a prepared request, once."""
+        handle = RequestHandle(request.request_id, self, self._worker.submit(request))
+        weakref.finalize(handle, self._worker.abort, request.request_id).atexit = False
+        return handle
+
+    async def asubmit(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
+    ) -> RequestHandle:
+        """`submit` for event loops: tokenizes on the engine's intake thread."""
+        return self.enqueue(await self.run_in_intake(self.prepare, prompt, sampling_params, **options))
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        share_key: str | None = None,
+        timeout: float | None = None,
+    ) -> RequestOutput:
+        """Run one request to its end. Cancelling the task frees its blocks within a step.
+
+        Raises:
+            InvalidRequestError: A field cannot be served; nothing was allocated.
+            RequestTimeoutError: It did not finish within `timeout` seconds.
+            RequestFailedError: It failed while it ran.
+            EngineClosedError: The engine was closed.
+        """
+        handle = await self.asubmit(
+            prompt, sampling_params, request_id=request_id, priority=priority, share_key=share_key, timeout=timeout,
+            stream=False,
+        )  # fmt: skip
+        try:
+            return await handle.aresult()
+        finally:
+            if not handle.finished:
+                handle.cancel()
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        share_key: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield what is new, up to the output that is finished. Cancelling or closing it frees the blocks.
+
+        Raises:
+            PagedLLMError: As `generate`.
+        """
+        handle = await self.asubmit(
+            prompt, sampling_params, request_id=request_id, priority=priority, share_key=share_key, timeout=timeout
+        )
+        try:
+            async for output in handle:
+                yield output
+        finally:
+            if not handle.finished:
+                handle.cancel()
+
+    async def run_in_intake(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """Run a function (a template, a tokenizer) on the intake thread, in order, off the event loop."""
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._intake, call)
+
+    def abort(self, request_id: str) -> None:
+        """End a request now, from any thread; whoever waits gets what it has, with `finish_reason="abort"`."""
+        self._worker.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """A consistent snapshot, taken between two steps."""
+        return self._worker.call(self._worker.core.stats)
+
+    def health(self) -> bool:
+        """True while the engine serves requests."""
+        return self._worker.alive
+
+    def close(self) -> None:
+        """End every request with `EngineClosedError`, free the memory, and join the thread. May be called twice."""
+        self._finalizer()
+        self._worker.stop(wait=True)
+
+    async def aclose(self) -> None:
+        """`close` without blocking the event loop."""
+        await asyncio.get_running_loop().run_in_executor(None, self.close)
+
+    def __enter__(self) -> AsyncEngine:
+        """Return the engine."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the engine."""
+        self.close()
+
+    async def __aenter__(self) -> AsyncEngine:
+        """Return the engine."""
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Close the engine."""
+        await self.aclose()
+
+    def __reduce__(self) -> Any:
+        """Engines hold weights and threads; what can be pickled is their configuration."""
+        raise TypeError("an AsyncEngine cannot be pickled; pickle its config, and call get_engine(config) there")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncEngine:
+        """Copies of whatever refers to an engine share it."""
+        return self
+
+
+def _close(worker: EngineWorker, intake: ThreadPoolExecutor) -> None:
+    worker.stop(wait=False)
+    intake.shutdown(wait=False)

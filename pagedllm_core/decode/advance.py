@@ -1,0 +1,196 @@
+"""From a step's logits to longer sequences: choose tokens, fork, score, detokenize, stop."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from pagedllm_core.batch import ScheduledBatch, wants_prompt_logprobs
+from pagedllm_core.decode.detokenize import Detokenizer
+from pagedllm_core.decode.logprobs import ScoredTokens, score_tokens
+from pagedllm_core.decode.sample import Draw, sample
+from pagedllm_core.errors import PagedLLMError, RequestFailedError
+from pagedllm_core.request import Request, Sequence
+
+Failures = dict[Request, PagedLLMError]
+
+
+class Choice(NamedTuple):
+    """One token to be chosen: for child `index` of `sequence`, from row `row` of the step's logits."""
+
+    request: Request
+    sequence: Sequence
+    index: int
+    row: int
+
+
+def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
+    """Let every sequence whose known tokens are all computed take its next token.
+
+    Args:
+        batch: The step that was run.
+        logits: float32 [rows, vocabulary], the rows that `batch.to_forward()` asked for, in order.
+
+    Returns:
+        The requests that failed on their own (a caller's processor raised, no token was possible), with the reason.
+    """
+    failures: Failures = {}
+    choices = _collect(batch, logits, failures)
+    if not choices:
+        return failures
+    rows = torch.tensor([choice.row for choice in choices], device=logits.device)
+    in_order = [choice.row for choice in choices] == list(range(len(logits)))
+    raw = logits if in_order else logits[rows]
+    tokens = _choose(choices, raw, failures)
+    scored = score_tokens(raw, tokens, [_num_logprobs(choice.request) for choice in choices])
+    for position, (choice, token) in enumerate(zip(choices, tokens.tolist(), strict=True)):
+        if choice.request in failures:
+            continue
+        try:
+            _append(_child(choice), choice.request, token, scored, position)
+        except Exception as error:
+            failures[choice.request] = _failed(choice.request, error)
+    return failures
+
+
+def _collect(batch: ScheduledBatch, logits: torch.Tensor, failures: Failures) -> list[Choice]:
+    """Which rows choose tokens; scores prompts on the way. Mirrors the order of `ScheduledBatch.to_forward`."""
+    choices = []
+    first = 0
+    for request, sequence, start, end, samples in batch.rows:
+        count = 1 if samples else 0
+        if wants_prompt_logprobs(request) and start < sequence.prompt_length:
+            count = end - start
+            try:
+                _score_prompt(request, start, logits[first : first + count])
+            except Exception as error:
+                failures[request] = _failed(request, error)
+        if samples and request not in failures:
+            indices = [sequence.index] if request.forked else range(request.width)
+            choices.extend(Choice(request, sequence, index, first + count - 1) for index in indices)
+        first += count
+    # Forks share their parent's blocks: all of them are made before the parent writes on or is released.
+    return sorted(choices, key=lambda choice: choice.index == choice.sequence.index)
+
+
+def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> torch.Tensor:
+    """Process the logits and sample; int64 [choices]. Rows of failing requests get an arbitrary token."""
+    logits = raw
+    if any(choice.request.rules.active for choice in choices):
+        logits = raw.clone()
+        for row, choice in enumerate(choices):
+            if choice.request.rules.active and choice.request not in failures:
+                try:
+                    logits[row] = choice.request.rules.apply(logits[row], choice.sequence)
+                except Exception as error:
+                    failures[choice.request] = _failed(choice.request, error)
+    possible = logits.amax(dim=-1).isfinite()
+    if not bool(possible.all()):
+        for row in (~possible).nonzero().flatten().tolist():
+            failures.setdefault(choices[row].request, RequestFailedError(_NO_TOKEN))
+        logits = torch.where(possible[:, None], logits, 0.0)
+    draws = [Draw(choice.request.sampling, choice.index, choice.sequence.num_tokens) for choice in choices]
+    return sample(logits, draws)
+
+
+_NO_TOKEN = (
+    "no token could be chosen: the logits hold NaN or infinity, or allowed_token_ids, bad_words, min_tokens, "
+    "logit_bias and logits_processors together exclude every token"
+)
+
+
+def _child(choice: Choice) -> Sequence:
+    """The sequence that takes the token: the parent itself, or a new fork of it."""
+    request, parent = choice.request, choice.sequence
+    if choice.index == parent.index:
+        return parent
+    child = parent.fork(choice.index)
+    request.sequences.append(child)
+    return child
+
+
+def _append(sequence: Sequence, request: Request, token: int, scored: ScoredTokens | None, position: int) -> None:
+    """Add one chosen token, and finish the sequence where that was its last."""
+    sequence.token_ids.append(token)
+    params = request.params
+    if scored is not None and _num_logprobs(request) is not None:
+        sequence.cumulative_logprob += scored.chosen[position]
+        if params.logprobs is not None:
+            sequence.logprobs.append(scored.entry(position, params.logprobs, request.decode))
+    generated = sequence.num_generated
+    may_stop = generated >= params.min_tokens  # end tokens are masked before; stop strings may still turn up
+    if may_stop and token in request.rules.eos_token_ids:
+        return _finish(sequence, request, "stop", ended_by_token=True)
+    if may_stop and token in params.stop_token_ids:
+        sequence.stop_reason = token
+        return _finish(sequence, request, "stop", ended_by_token=True)
+    if request.decode is not None and (request.stream or params.stop):
+        stop = _detokenizer(sequence, request).append([token], check_stop=may_stop)
+        if stop is not None:
+            sequence.stop_reason = stop
+            sequence.finish_reason = "stop"
+            return None
+    if generated >= request.max_tokens:
+        return _finish(sequence, request, "length")
+    return None
+
+
+def _finish(sequence: Sequence, request: Request, reason: str, ended_by_token: bool = False) -> None:
+    """Set the finish reason and complete the text; the token that ended generation is no part of it."""
+    sequence.finish_reason = reason
+    if request.decode is None:
+        return
+    hidden = 1 if ended_by_token and not request.params.include_stop_str_in_output else 0
+    detokenizer = _detokenizer(sequence, request)
+    tokens = sequence.token_ids[sequence.prompt_length : sequence.num_tokens - hidden]
+    detokenizer.append(tokens[detokenizer.num_tokens :], check_stop=False)
+    detokenizer.finish()
+
+
+def finish_early(request: Request, reason: str) -> None:
+    """End every sequence that still generates, with the text it has."""
+    for sequence in request.active:
+        _finish(sequence, request, reason)
+
+
+def _detokenizer(sequence: Sequence, request: Request) -> Detokenizer:
+    if sequence.detokenizer is None:
+        if request.decode is None:
+            raise RuntimeError("a request without a tokenizer has no text")
+        params = request.params
+        prompt = request.prompt_token_ids
+        sequence.detokenizer = Detokenizer(request.decode, prompt, params.stop, params.include_stop_str_in_output)
+    return sequence.detokenizer
+
+
+def _score_prompt(request: Request, start: int, logits: torch.Tensor) -> None:
+    """Score prompt tokens start + 1 .. start + rows, the ones that these rows predict."""
+    done, count = request.prompt_logprobs, request.params.prompt_logprobs
+    prompt = request.prompt_token_ids
+    if done is None or count is None:
+        return
+    if not done:
+        done.append(None)  # nothing predicts the first token
+    targets = prompt[start + 1 : start + 1 + len(logits)]
+    rows = logits[: len(targets)]
+    scored = score_tokens(rows, torch.tensor(targets, device=logits.device), [count] * len(targets))
+    if scored is not None:
+        entries = [scored.entry(position, count, request.decode) for position in range(len(targets))]
+        done.extend(entries[len(done) - start - 1 :])
+
+
+def _num_logprobs(request: Request) -> int | None:
+    """Top log-probabilities wanted per generated token; 0 where only the chosen one's is needed."""
+    params = request.params
+    if params.logprobs is not None:
+        return params.logprobs
+    return 0 if params.width > params.n else None
+
+
+def _failed(request: Request, error: Exception) -> PagedLLMError:
+    if isinstance(error, PagedLLMError):
+        return error
+    failure = RequestFailedError(f"request {request.request_id!r} failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

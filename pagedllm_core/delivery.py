@@ -1,0 +1,55 @@
+"""What a request's owner gets to see: what is new of a streamed request, everything of a finished one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pagedllm_core.outputs import CompletionOutput, RequestOutput
+from pagedllm_core.request import Request, Sequence
+
+
+def build_output(request: Request) -> RequestOutput:
+    """What the request's owner has not seen yet. Called once per step in which the request advanced."""
+    finished = not request.active
+    request.metrics.output_tokens = sum(sequence.num_generated for sequence in _returned(request))
+    first = not any(sequence.num_delivered for sequence in request.sequences)
+    outputs = [
+        _delta(sequence, request, index)
+        for index, sequence in enumerate(_returned(request))
+        if sequence.finished or sequence.num_generated > sequence.num_delivered
+    ]
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        prompt_logprobs=request.prompt_logprobs if first or finished else None,
+        outputs=[output for output in outputs if output is not None],
+        finished=finished,
+        metrics=dataclasses.replace(request.metrics),
+    )
+
+
+def _returned(request: Request) -> list[Sequence]:
+    """The sequences the caller gets, in order; of `best_of` the most likely `n`."""
+    if request.width == request.params.n:
+        return sorted(request.sequences, key=lambda sequence: sequence.index)
+    ranked = sorted(request.sequences, key=lambda sequence: -sequence.cumulative_logprob)
+    return ranked[: request.params.n]
+
+
+def _delta(sequence: Sequence, request: Request, index: int) -> CompletionOutput | None:
+    if sequence.finish_delivered:
+        return None
+    sequence.finish_delivered = sequence.finished
+    start = sequence.num_delivered
+    sequence.num_delivered = sequence.num_generated
+    scored = request.params.logprobs is not None
+    return CompletionOutput(
+        index=index,
+        text=sequence.detokenizer.take(sequence.finished) if sequence.detokenizer else "",
+        token_ids=sequence.token_ids[sequence.prompt_length + start :],
+        cumulative_logprob=sequence.cumulative_logprob if scored or request.width > request.params.n else None,
+        logprobs=sequence.logprobs[start:] if scored else None,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+    )

@@ -1,0 +1,328 @@
+"""The synchronous core: add, abort, step. Owns all state; one thread drives it."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from pagedllm_core.batch import ScheduledBatch
+from pagedllm_core.config import EngineConfig
+from pagedllm_core.decode.advance import advance, finish_early
+from pagedllm_core.delivery import build_output
+from pagedllm_core.errors import (
+    EngineClosedError,
+    InvalidRequestError,
+    PagedLLMError,
+    RequestFailedError,
+    RequestTimeoutError,
+)
+from pagedllm_core.intake import Intake, Prompt
+from pagedllm_core.kv.pool import BlockPool
+from pagedllm_core.kv.table import BlockTable
+from pagedllm_core.metrics import EngineStats
+from pagedllm_core.model.interface import Runner
+from pagedllm_core.outputs import RequestOutput
+from pagedllm_core.params import SamplingParams
+from pagedllm_core.request import Request, RequestState, Sequence
+from pagedllm_core.scheduler import Scheduler
+
+logger = logging.getLogger("pagedllm")
+
+
+class Engine:
+    """A paged engine that is stepped by hand.
+
+    `AsyncEngine` drives one on its own thread; tests drive one directly:
+
+        engine = Engine(EngineConfig(model="tiny"))
+        engine.add("Hello", SamplingParams(max_tokens=8))
+        while engine.has_unfinished:
+            for output in engine.step():
+                ...
+
+    Args:
+        config: What the engine is.
+        runner: A loaded model; by default the one that `config` names is loaded.
+        clock: Monotonic seconds; tests bring their own.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, runner: Runner | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.runner = _load(config) if runner is None else runner
+        self.pool = BlockPool(self.runner.num_blocks, retain=config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.pool, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
+        self.intake = Intake(config, self.runner, clock)
+        self._clock = clock
+        self._arrivals = itertools.count()
+        self._requests: dict[str, Request] = {}
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._suspects: deque[Request] = deque()
+        self._outbox: list[RequestOutput] = []
+        self._steps = self._max_batch_size = self._prefilled = self._generated = 0
+        self._closed = False
+
+    def add(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> str:
+        """Validate and queue one request; returns its id.
+
+        Args:
+            prompt: Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+            sampling_params: vLLM's defaults if None.
+            **options: `request_id, priority, share_key, timeout, stream`, as in `Intake.prepare`.
+
+        Raises:
+            InvalidRequestError: A field cannot be served; nothing was allocated.
+            CapacityError: The request can never fit the pool.
+            EngineClosedError: The engine was closed.
+        """
+        return self.enqueue(self.intake.prepare(prompt, sampling_params, **options))
+
+    def enqueue(self, request: Request) -> str:
+        """Queue a prepared request; returns its id."""
+        if self._closed:
+            raise EngineClosedError("the engine was closed; make a new one")
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"request_id={request.request_id!r}: is running already; choose another id")
+        request.arrival = next(self._arrivals)
+        request.metrics.prompt_tokens = len(request.prompt_token_ids)
+        table = BlockTable(self.pool, self.config.block_size)
+        tokens = request.prompt_token_ids.copy()
+        request.sequences = [Sequence(0, tokens, len(tokens), table, request.root_hash)]
+        self._requests[request.request_id] = request
+        if request.deadline is not None:
+            self._watch_deadline(request, request.deadline)
+        self.scheduler.add(request)
+        return request.request_id
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now; its blocks are free at once, and the next `step` returns what it has as "abort".
+
+        Returns:
+            False where no such request is unfinished, which is not an error.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        try:
+            finish_early(request, "abort")
+        except Exception as error:  # a tokenizer that fails on the text must not keep the blocks
+            return self._fail(request, _as_failure(request, error))
+        self._retire(request)
+        self._outbox.append(build_output(request))
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while a request is unfinished or an output is undelivered."""
+        return bool(self._requests) or bool(self._outbox)
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run one forward pass, choose tokens; returns what is new of every request that has news.
+
+        Never raises for a request's sake: a request that failed is returned once, finished, with `error` set.
+        """
+        self._expire()
+        suspect = self._next_suspect()
+        batch = ScheduledBatch()
+        try:
+            batch = self.scheduler.schedule(only=suspect)
+            self._finish_exhausted(batch)
+            if batch.rows:
+                self._run(batch)
+            elif self.scheduler.has_work and not batch.exhausted and not self._outbox:
+                raise RuntimeError("no request could be scheduled although some wait")
+        except Exception as error:
+            self._recover(batch, error, suspect)
+        else:
+            self._clear(batch, suspect)
+        outputs, self._outbox = self._outbox, []
+        return outputs
+
+    def _run(self, batch: ScheduledBatch) -> None:
+        if batch.copies:
+            self.runner.copy_blocks(batch.copies)
+        logits = self.runner.run(batch.to_forward())
+        chosen = sum(1 if row.request.forked else row.request.width for row in batch.rows if row.samples)
+        self.pool.commit()
+        failures = advance(batch, logits)
+        self._generated += chosen
+        self._count(batch)
+        for request, error in failures.items():
+            self._fail(request, error)
+        for request in dict.fromkeys(row.request for row in batch.rows if row.samples):
+            if request not in failures:
+                try:
+                    self._settle(request)
+                except Exception as error:
+                    self._fail(request, _as_failure(request, error))
+
+    def _count(self, batch: ScheduledBatch) -> None:
+        self._steps += 1
+        self._max_batch_size = max(self._max_batch_size, len(batch.rows))
+        now = self._clock()
+        for row in batch.rows:
+            self._prefilled += max(0, min(row.end, row.sequence.prompt_length) - row.start)
+            if not row.request.started:
+                row.request.started = True
+                row.request.metrics.queued_s = now - row.request.arrival_time
+
+    def _settle(self, request: Request) -> None:
+        """After a step that chose tokens: free what finished, and hand out what is new."""
+        if request.metrics.time_to_first_token_s is None:
+            request.metrics.time_to_first_token_s = self._clock() - request.arrival_time
+        finished = not request.active
+        if finished:
+            self._retire(request)
+        for sequence in request.sequences:
+            if sequence.finished:
+                sequence.rewind()
+        if request.stream or finished:
+            self._outbox.append(build_output(request))
+
+    def _retire(self, request: Request) -> None:
+        self.scheduler.finish(request)
+        self._requests.pop(request.request_id, None)
+        request.metrics.total_s = self._clock() - request.arrival_time
+
+    def _fail(self, request: Request, error: PagedLLMError) -> bool:
+        """End one request with an error; everybody else goes on."""
+        for sequence in request.active:
+            sequence.finish_reason = "abort"
+        self._retire(request)
+        output = RequestOutput(request.request_id, request.prompt, request.prompt_token_ids, finished=True)
+        output.metrics, output.error = request.metrics, error
+        self._outbox.append(output)
+        return True
+
+    def _finish_exhausted(self, batch: ScheduledBatch) -> None:
+        for request in batch.exhausted:
+            logger.warning(
+                "request %r has the whole KV pool and needs more; it ends with finish_reason='length'. "
+                "Raise kv_cache_memory or lower max_model_len",
+                request.request_id,
+            )
+            finish_early(request, "length")
+            self._retire(request)
+            self._outbox.append(build_output(request))
+
+    def _expire(self) -> None:
+        while self._deadlines and (self._deadlines[0][2].state is RequestState.FINISHED or self._due()):
+            _, _, request = heapq.heappop(self._deadlines)
+            if request.state is not RequestState.FINISHED:
+                elapsed = self._clock() - request.arrival_time
+                message = f"request {request.request_id!r} did not finish within its timeout ({elapsed:.3g} s passed)"
+                self._fail(request, RequestTimeoutError(message + "; raise timeout, or lower max_tokens"))
+
+    def _watch_deadline(self, request: Request, deadline: float) -> None:
+        if len(self._deadlines) > 2 * len(self._requests) + 64:  # most entries are of requests long finished
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not RequestState.FINISHED]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (deadline, request.arrival, request))
+
+    def _due(self) -> bool:
+        return self._deadlines[0][0] <= self._clock()
+
+    def _next_suspect(self) -> Request | None:
+        while self._suspects and self._suspects[0].state is RequestState.FINISHED:
+            self._suspects.popleft()
+        return self._suspects[0] if self._suspects else None
+
+    def _recover(self, batch: ScheduledBatch, error: Exception, suspect: Request | None) -> None:
+        """A step failed: everybody is rewound, and the requests of the step are then tried one at a time.
+
+        Rewinding costs little, as blocks sealed in earlier steps are found again in the prefix cache.
+        """
+        self.pool.withdraw()
+        running = list(self.scheduler.running)
+        culprits = list(dict.fromkeys(row.request for row in batch.rows)) or running
+        for request in running:
+            self.scheduler.preempt(request)
+        if suspect is not None:
+            logger.warning("request %r failed alone: %s: %s", suspect.request_id, type(error).__name__, error)
+            self._fail(suspect, _as_failure(suspect, error))
+            return
+        if not culprits and (head := self.scheduler.waiting.peek()) is not None:
+            culprits = [head]
+        logger.warning("a step failed (%s: %s); trying its %d requests alone", type(error).__name__, error, len(culprits))
+        self._suspects.extend(request for request in culprits if request.state is not RequestState.FINISHED)
+
+    def _clear(self, batch: ScheduledBatch, suspect: Request | None) -> None:
+        """A suspect that took its step alone is none any more; it makes way for the next."""
+        if suspect is None or not any(row.samples for row in batch.rows):
+            return
+        self._suspects.popleft()
+        if self._suspects and suspect.state is RequestState.RUNNING:
+            self.scheduler.preempt(suspect)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of counters and of the pool."""
+        running = self.scheduler.running
+        used_slots = self.pool.num_used * self.config.block_size
+        return EngineStats(
+            running=len(running),
+            waiting=len(self.scheduler.waiting),
+            steps=self._steps,
+            kv_blocks_total=self.pool.total,
+            kv_blocks_used=self.pool.num_used,
+            kv_blocks_cached=self.pool.num_cached,
+            kv_blocks_free=self.pool.num_free,
+            kv_waste=self._empty_slots() / used_slots if used_slots else 0.0,
+            max_batch_size=self._max_batch_size,
+            prefix_cache_queries=self.scheduler.prefix_cache_queries,
+            prefix_cache_hits=self.scheduler.prefix_cache_hits,
+            preemptions=self.scheduler.num_preemptions,
+            tokens_prefilled=self._prefilled,
+            tokens_generated=self._generated,
+        )
+
+    def _empty_slots(self) -> int:
+        """Slots without a token: only a sequence's last block has any; forks that share one count it once."""
+        tails = {
+            int(sequence.table.ids[-1]): sequence.table.room() - sequence.num_computed
+            for request in self.scheduler.running
+            for sequence in request.sequences
+            if len(sequence.table)
+        }
+        return sum(tails.values())
+
+    def check(self) -> None:
+        """Prove the pool's invariants against every live block table (for tests).
+
+        Raises:
+            RuntimeError: An invariant does not hold.
+        """
+        self.pool.check(sequence.table.ids.tolist() for request in self._requests.values() for sequence in request.sequences)
+
+    def close(self) -> None:
+        """End every request with `EngineClosedError` (in `take_outputs`) and free the model. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for request in list(self._requests.values()):
+            self._fail(request, EngineClosedError(f"request {request.request_id!r}: the engine was closed"))
+        self.runner.close()
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """Outputs that no `step` has returned yet; after `close`, the errors of the requests it ended."""
+        outputs, self._outbox = self._outbox, []
+        return outputs
+
+
+def _as_failure(request: Request, error: Exception) -> RequestFailedError:
+    memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    advice = "; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory" if memory else ""
+    failure = RequestFailedError(f"request {request.request_id!r} failed: {type(error).__name__}: {error}{advice}")
+    failure.__cause__ = error
+    return failure
+
+
+def _load(config: EngineConfig) -> Runner:
+    from pagedllm_core.model.runner import ModelRunner
+
+    return ModelRunner(config)

@@ -1,0 +1,58 @@
+"""Every error PagedLLM raises on purpose.
+
+Each message names the field, the value it had, and what to do about it. All derive from `PagedLLMError`; where Python
+has a built-in error of the same meaning, ours derives from that too, so that `except ValueError` keeps working.
+"""
+
+
+class PagedLLMError(Exception):
+    """Root of every error PagedLLM raises on purpose."""
+
+
+class InvalidRequestError(PagedLLMError, ValueError):
+    """A prompt, a sampling parameter or a configuration field has a value that cannot be served."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt is longer than the model's context.
+
+    Args:
+        prompt_length: Number of tokens in the prompt.
+        limit: The engine's `max_model_len` in tokens.
+    """
+
+    def __init__(self, prompt_length: int, limit: int) -> None:
+        self.prompt_length = prompt_length
+        self.limit = limit
+        super().__init__(
+            f"prompt: {prompt_length} tokens exceed the context limit of {limit} tokens (max_model_len); "
+            "shorten the prompt or choose a model with a longer context"
+        )
+
+    def __reduce__(self) -> tuple[type["ContextLengthError"], tuple[int, int]]:
+        """Pickle by the two counts, so that the error crosses process boundaries."""
+        return type(self), (self.prompt_length, self.limit)
+
+
+class CapacityError(PagedLLMError):
+    """The request can never fit the KV block pool, however long it waits."""
+
+
+class ModelLoadError(PagedLLMError):
+    """The model's files are missing, unreadable or in a format that is not loaded."""
+
+
+class UnsupportedModelError(ModelLoadError):
+    """The model's architecture cannot be served exactly, so it is refused rather than served wrongly."""
+
+
+class RequestTimeoutError(PagedLLMError, TimeoutError):
+    """The request did not finish within its `timeout`; its blocks have been freed."""
+
+
+class RequestFailedError(PagedLLMError):
+    """The request failed while it ran; other requests are not affected."""
+
+
+class EngineClosedError(PagedLLMError):
+    """The engine was closed, before or while the request ran."""

@@ -1,0 +1,163 @@
+"""A request (the group) and its sequences."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from pagedllm_core.decode.detokenize import Decode, Detokenizer
+from pagedllm_core.decode.processors import LogitsRules
+from pagedllm_core.kv.hashing import chain_hash
+from pagedllm_core.kv.table import BlockTable
+from pagedllm_core.outputs import Logprob, RequestMetrics
+from pagedllm_core.params import Sampling, SamplingParams
+
+
+class RequestState(enum.Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One line of tokens: the prompt and what was generated after it.
+
+        token_ids    p p p p p g g g
+        num_computed         ^            tokens left of it have their keys and values in the cache
+
+    Each step lets `num_computed` catch up with `num_tokens`; a decode step is the case where one token is missing.
+    """
+
+    def __init__(self, index: int, token_ids: list[int], prompt_length: int, table: BlockTable, root: bytes) -> None:
+        self.index = index
+        self.token_ids = token_ids
+        self.prompt_length = prompt_length
+        self.table = table
+        self.num_computed = 0
+        self.cumulative_logprob = 0.0
+        self.logprobs: list[dict[int, Logprob]] = []
+        self.detokenizer: Detokenizer | None = None
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.num_delivered = 0  # generated tokens already handed out
+        self.finish_delivered = False
+        self._hashes = [root]  # _hashes[i] is the chain's value before block i
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt included."""
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.prompt_length
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The generated tokens (a copy)."""
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def finished(self) -> bool:
+        """True once generation has stopped."""
+        return self.finish_reason is not None
+
+    def block_hash(self, index: int) -> bytes:
+        """Chained hash of the sequence's full block number `index`."""
+        size = self.table.block_size
+        while len(self._hashes) <= index + 1:
+            block = len(self._hashes) - 1
+            self._hashes.append(chain_hash(self._hashes[-1], self.token_ids[block * size : (block + 1) * size]))
+        return self._hashes[index + 1]
+
+    def fork(self, index: int) -> Sequence:
+        """A sequence with the same past, over the same blocks."""
+        child = Sequence(index, self.token_ids.copy(), self.prompt_length, self.table.fork(), self._hashes[0])
+        child.num_computed = self.num_computed
+        child.cumulative_logprob = self.cumulative_logprob
+        child.logprobs = self.logprobs.copy()
+        child.num_delivered = self.num_delivered
+        child._hashes = self._hashes.copy()
+        return child
+
+    def rewind(self) -> None:
+        """Give all blocks back; the tokens stay, their keys and values are recomputed later."""
+        self.table.release()
+        self.num_computed = 0
+
+
+@dataclass(eq=False)
+class Request:
+    """What one caller asked for. A request with several sequences is scheduled and preempted as a whole.
+
+    Attributes:
+        request_id: Unique among the engine's unfinished requests.
+        prompt: The prompt's text, or None where ids were given.
+        prompt_token_ids: The prompt's ids.
+        params: What the caller asked for.
+        sampling: The same with the model's defaults filled in.
+        rules: What it changes in the logits.
+        decode: Its tokens to text, or None where the model has no tokenizer.
+        root_hash: Start of its blocks' hash chain.
+        max_tokens: Most tokens of each sequence, cut at the context limit.
+        arrival_time: Engine clock, seconds.
+        deadline: Engine clock, seconds, or None.
+        priority: Kept for the scheduling policies to come.
+        share_key: Likewise.
+        stream: Deliver what is new after each step, instead of everything at the end.
+        sequences: One until the prompt is computed, then `width` of them.
+        arrival: Order of submission; kept through preemption.
+        state: Where it is in its life.
+        started: True once it has taken part in a step.
+        prompt_logprobs: Filled while the prompt is computed, where asked for.
+        metrics: Times and counts.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    sampling: Sampling
+    rules: LogitsRules
+    decode: Decode | None
+    root_hash: bytes
+    max_tokens: int
+    arrival_time: float
+    deadline: float | None = None
+    priority: int = 0
+    share_key: str | None = None
+    stream: bool = True
+    sequences: list[Sequence] = field(default_factory=list)
+    arrival: int = 0
+    state: RequestState = RequestState.WAITING
+    started: bool = False
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    @property
+    def width(self) -> int:
+        """Sequences it has once its prompt is computed."""
+        return self.params.width
+
+    @property
+    def active(self) -> list[Sequence]:
+        """Sequences that still generate."""
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
+
+    @property
+    def forked(self) -> bool:
+        """True once the prompt's sequence has become `width` of them."""
+        return len(self.sequences) == self.width
+
+    @property
+    def seats(self) -> int:
+        """Sequences it takes, or will take, in a step."""
+        return len(self.active) if self.forked else self.width

@@ -1,0 +1,161 @@
+"""The engine's thread: drain the inbox, step, deliver, over and over."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from pagedllm_core.engine import Engine
+from pagedllm_core.errors import EngineClosedError, InvalidRequestError, PagedLLMError
+from pagedllm_core.outputs import RequestOutput
+from pagedllm_core.request import Request
+from pagedllm_core.streams import Mailbox, Waiter, wake
+
+logger = logging.getLogger("pagedllm")
+
+Result = TypeVar("Result")
+Command = Callable[[], None]
+
+
+class EngineWorker:
+    """Owns the core and the only thread that touches it. Everything else reaches it through one queue of commands.
+
+    Args:
+        core: The engine to drive; the worker closes it.
+    """
+
+    def __init__(self, core: Engine) -> None:
+        self.core = core
+        self.error: PagedLLMError | None = None  # once set, no later request is accepted
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()  # reentrant: finalizers put into it
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._pid = os.getpid()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="pagedllm-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """True while requests are served."""
+        return self.error is None and self._thread.is_alive() and self._pid == os.getpid()
+
+    def submit(self, request: Request) -> Mailbox:
+        """Hand a prepared request to the thread.
+
+        Raises:
+            EngineClosedError: The engine is closed or has died, or this process is a fork of its own.
+            InvalidRequestError: The request's id is in use.
+        """
+        self.check_open()
+        mailbox = Mailbox()
+        if self._mailboxes.setdefault(request.request_id, mailbox) is not mailbox:
+            raise InvalidRequestError(f"request_id={request.request_id!r}: is running already; choose another id")
+        self._inbox.put(lambda: self._enqueue(request))
+        if self.error is not None:  # it closed in between: nobody would answer
+            self._deliver([_failed_output(request.request_id, self.error)])
+        return mailbox
+
+    def check_open(self) -> None:
+        """Raise what a new request would meet: the error that closed the engine."""
+        if self._pid != os.getpid():
+            raise EngineClosedError("the engine belongs to the parent process; make a new one after os.fork()")
+        if self.error is not None:
+            raise self.error
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step. May be called from anywhere, a finalizer included."""
+        self._inbox.put(lambda: self._abort(request_id))
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Run `function` on the engine's thread between two steps, and return its result."""
+        if threading.current_thread() is self._thread or not self.alive:
+            return function()
+        future: Future[Result] = Future()
+
+        def command() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._inbox.put(command)
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if not self._thread.is_alive():
+                    return function()
+
+    def stop(self, wait: bool = True) -> None:
+        """End every request with `EngineClosedError` and free the model. May be called twice, and from anywhere."""
+        if self._pid != os.getpid():
+            return
+        self._inbox.put(self._stop)
+        if wait and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._drain(block=not self.core.has_unfinished)
+                if self.core.has_unfinished and not self._stopping:
+                    self._deliver(self.core.step())
+            self.error = EngineClosedError("the engine was closed; make a new one (get_engine does so by itself)")
+        except BaseException as error:
+            logger.exception("the engine's thread died")
+            self.error = EngineClosedError(f"the engine died: {type(error).__name__}: {error}; close it and make a new one")
+        finally:
+            self._shut()
+
+    def _shut(self) -> None:
+        error = self.error or EngineClosedError("the engine was closed")
+        try:
+            self.core.close()
+            self._deliver(self.core.take_outputs())
+        except Exception:
+            logger.exception("closing the engine failed")
+        self._deliver([_failed_output(request_id, error) for request_id in list(self._mailboxes)])
+        while not self._inbox.empty():  # answer whoever still waits in `call`
+            self._drain(block=False)
+
+    def _drain(self, block: bool) -> None:
+        try:
+            command = self._inbox.get(block=block)
+            while True:
+                command()
+                command = self._inbox.get(block=False)
+        except queue.Empty:
+            return
+
+    def _enqueue(self, request: Request) -> None:
+        try:
+            self.core.enqueue(request)
+        except PagedLLMError as error:
+            self._deliver([_failed_output(request.request_id, error)])
+
+    def _abort(self, request_id: str) -> None:
+        self.core.abort(request_id)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        waiters: list[Waiter] = []
+        for output in outputs:
+            mailbox = self._mailboxes.get(output.request_id)
+            if mailbox is None:
+                continue
+            if output.finished:
+                del self._mailboxes[output.request_id]
+            waiters.extend(mailbox.put(output))
+        if waiters:
+            wake(waiters)
+
+
+def _failed_output(request_id: str, error: PagedLLMError) -> RequestOutput:
+    return RequestOutput(request_id, None, [], finished=True, error=error)
