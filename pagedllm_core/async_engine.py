@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import threading
 import weakref
@@ -35,6 +36,13 @@ def open_engines() -> list[AsyncEngine]:
         return [engine for engine in _OPEN if not engine.closed]
 
 
+@atexit.register
+def _close_all() -> None:
+    """Join every engine's thread before the interpreter goes: a thread inside torch must not outlive it."""
+    for engine in open_engines():
+        engine.close()
+
+
 class AsyncEngine:
     """A paged engine on a thread of its own; all its callers share one batch.
 
@@ -56,6 +64,7 @@ class AsyncEngine:
         self._intake = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pagedllm-intake")
         # The thread holds the worker only, so an engine that nobody names any more closes itself.
         self._finalizer = weakref.finalize(self, _close, self._worker, self._intake)
+        self._finalizer.atexit = False  # `_close_all` joins the thread, too
         with _OPEN_LOCK:
             _OPEN.add(self)
 

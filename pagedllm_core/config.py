@@ -30,9 +30,11 @@ def describe_validation_error(kind: str, error: ValidationError) -> str:
     """One line per problem of a pydantic error: field, value, and what is allowed."""
     lines = []
     for problem in error.errors(include_url=False, include_context=False):
-        name = ".".join(str(part) for part in problem["loc"]) or kind
+        name = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
-        lines.append(message if message.startswith(f"{name}=") else f"{name}={problem.get('input')!r:.120}: {message}")
+        # A rule over several fields names them itself.
+        named = not name or message.startswith(f"{name}=")
+        lines.append(message if named else f"{name}={problem.get('input')!r:.120}: {message}")
     return f"{kind}: " + "; ".join(lines)
 
 

@@ -72,8 +72,8 @@ class Intake:
         arrival_time = self._clock()
         params = _checked_params(params)
         text, token_ids = self._tokens(prompt)
-        self._check_prompt(token_ids, params)
         self._check_params(params)
+        self._check_prompt(token_ids, params)
         number = next(self._numbers)
         sampling = Sampling.resolve(params, self._runner.generation_defaults, _default_seed(self._config.seed, number))
         if sampling.temperature == 0 and params.width > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,9 @@ same one, changed in place).
 
 
 GREEDY_COPIES = "with temperature=0 every sequence would be the same; set a temperature above 0, or n=1"
+
+
+warnings.filterwarnings("ignore", message='Field name "json" in "GuidedParams" shadows', category=UserWarning)
 
 
 class GuidedParams(ValidatedModel):

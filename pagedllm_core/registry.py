@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 from typing import Any
 
@@ -56,6 +55,3 @@ def shutdown() -> None:
     with _guard:
         for config in [config for config, engine in _engines.items() if engine.closed]:
             del _engines[config]
-
-
-atexit.register(shutdown)

@@ -25,6 +25,7 @@ class Choice(NamedTuple):
     row: int
 
 
+@torch.inference_mode()
 def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
     """Let every sequence whose known tokens are all computed take its next token.
 

@@ -1,0 +1,359 @@
+"""The engine's thread, and everybody who may wait for it: threads, event loops, closed loops, nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pagedllm_core.async_engine import AsyncEngine
+from pagedllm_core.config import EngineConfig
+from pagedllm_core.errors import EngineClosedError, InvalidRequestError, RequestFailedError, RequestTimeoutError
+from pagedllm_core.params import SamplingParams
+from pagedllm_core.registry import get_engine, list_engines, shutdown
+from pagedllm_core.streams import merge_outputs
+from tests.fakes import FakeRunner, expected_greedy
+
+VOCAB = 61
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Gate:
+    """Lets the engine take exactly as many forward passes as the test allows."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self._allowed = threading.Semaphore(0)
+        self._waiting = threading.Semaphore(0)
+        self.open = False
+        runner.before_run = self._wait
+
+    def _wait(self, batch: object) -> None:
+        self._waiting.release()
+        if not self.open:
+            self._allowed.acquire()
+
+    def step(self, count: int = 1) -> None:
+        """Let `count` forward passes finish: returns when the one after them has begun."""
+        for _ in range(count):
+            self._waiting.acquire()
+            self._allowed.release()
+
+    def release(self) -> None:
+        self.open = True
+        self._allowed.release()
+
+
+def make(runner: FakeRunner | None = None, **fields: Any) -> AsyncEngine:
+    runner = runner or FakeRunner()
+    config = EngineConfig(model="fake", block_size=4, **{"max_num_seqs": 64, "max_num_batched_tokens": 256, **fields})
+    return AsyncEngine(config, runner=runner)
+
+
+@pytest.fixture
+def engine() -> Iterator[AsyncEngine]:
+    with make(FakeRunner(num_blocks=512)) as engine:
+        yield engine
+        stats = engine.stats()
+        assert stats.kv_blocks_used == 0
+        assert stats.kv_blocks_free + stats.kv_blocks_cached == stats.kv_blocks_total
+
+
+async def test_generate_and_stream_agree(engine: AsyncEngine) -> None:
+    wanted = expected_greedy([1, 2, 3], 20, VOCAB)
+    params = SamplingParams(max_tokens=20)
+    assert (await engine.generate([1, 2, 3], params)).outputs[0].token_ids == wanted
+    deltas = [delta async for delta in engine.stream([1, 2, 3], params)]
+    assert [delta.finished for delta in deltas[:-1]] == [False] * (len(deltas) - 1)
+    assert deltas[-1].finished
+    assert merge_outputs(deltas).outputs[0].token_ids == wanted
+
+
+def test_handle_result_iteration_and_wait_timeout(engine: AsyncEngine) -> None:
+    params = SamplingParams(max_tokens=20)
+    wanted = expected_greedy([4, 5], 20, VOCAB)
+    assert engine.submit([4, 5], params).result().outputs[0].token_ids == wanted
+    handle = engine.submit([4, 5], params)
+    assert [token for delta in handle for token in delta.outputs[0].token_ids] == wanted
+    assert handle.result().outputs[0].token_ids == wanted
+    runner = FakeRunner()
+    gate = Gate(runner)
+    with make(runner) as gated:
+        handle = gated.submit([4, 5], params)
+        with pytest.raises(RequestTimeoutError, match="timeout=0"):
+            handle.result(timeout=0)
+        gate.release()
+        assert handle.result().outputs[0].token_ids == wanted
+
+
+def test_threads_share_one_batch() -> None:
+    runner = FakeRunner(num_blocks=1024)
+    gate = Gate(runner)
+    results: dict[int, list[int]] = {}
+    with make(runner) as engine:
+        barrier = threading.Barrier(33)
+
+        def work(number: int) -> None:
+            barrier.wait()
+            handle = engine.submit([number], SamplingParams(max_tokens=30))
+            submitted.release()
+            results[number] = handle.result().outputs[0].token_ids
+
+        submitted = threading.Semaphore(0)
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(32)]
+        for thread in threads:
+            thread.start()
+        barrier.wait()
+        for _ in threads:
+            submitted.acquire()
+        gate.release()
+        for thread in threads:
+            thread.join()
+        assert engine.stats().max_batch_size >= 31  # all but what the first, gated step took
+    assert results == {number: expected_greedy([number], 30, VOCAB) for number in range(32)}
+
+
+def test_event_loops_share_one_batch_and_one_closed_loop_hurts_nobody() -> None:
+    runner = FakeRunner(num_blocks=1024)
+    gate = Gate(runner)
+    with make(runner) as engine:
+
+        async def leave_behind() -> None:
+            task = asyncio.ensure_future(engine.generate([7], SamplingParams(max_tokens=30)))
+            while not engine._worker._mailboxes:
+                await asyncio.sleep(0)
+            del task
+
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(leave_behind())
+        loop.close()  # without cancelling its task
+
+        async def many() -> list[list[int]]:
+            outputs = await asyncio.gather(
+                *(engine.generate([number], SamplingParams(max_tokens=30)) for number in range(16))
+            )
+            return [output.outputs[0].token_ids for output in outputs]
+
+        answers: list[list[list[int]]] = []
+        threads = [threading.Thread(target=lambda: answers.append(asyncio.run(many()))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        gate.release()
+        for thread in threads:
+            thread.join()
+        wanted = [expected_greedy([number], 30, VOCAB) for number in range(16)]
+        assert answers == [wanted] * 3
+        assert engine.health()
+        gc.collect()
+
+
+def test_asyncio_run_twice(engine: AsyncEngine) -> None:
+    for _ in range(2):
+        output = asyncio.run(engine.generate([1, 2], SamplingParams(max_tokens=5)))
+        assert output.outputs[0].token_ids == expected_greedy([1, 2], 5, VOCAB)
+
+
+@pytest.mark.parametrize("way", ["task", "wait_for", "aclose", "break", "abort", "drop"])
+async def test_every_way_to_stop_frees_the_blocks_within_a_step(way: str) -> None:
+    runner = FakeRunner()
+    gate = Gate(runner)
+    engine = make(runner, enable_prefix_caching=False)
+    params = SamplingParams(max_tokens=200)
+    stepping = asyncio.get_running_loop().run_in_executor
+    try:
+        if way in ("task", "wait_for", "abort"):
+            call = engine.generate([1, 2, 3], params, request_id="x")
+            task = asyncio.ensure_future(asyncio.wait_for(call, None) if way == "wait_for" else call)
+            await stepping(None, gate.step, 5)
+            if way == "abort":
+                engine.abort("x")
+            else:
+                task.cancel()
+        elif way == "drop":
+            handle = engine.submit([1, 2, 3], params)
+            await stepping(None, gate.step, 5)
+            del handle
+            gc.collect()
+        else:
+            stream = engine.stream([1, 2, 3], params)
+            first = asyncio.ensure_future(anext(stream))
+            await stepping(None, gate.step, 5)
+            assert (await first).outputs[0].token_ids
+            await stream.aclose()  # what leaving an `async for` does, once the loop gets to it
+        if way in ("task", "wait_for"):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        passes = len(runner.batches)
+        gate.release()
+        stats = await stepping(None, engine.stats)
+        assert stats.kv_blocks_used == 0
+        assert len(runner.batches) <= passes + 1
+        if way == "abort":
+            assert (await task).outputs[0].finish_reason == "abort"
+    finally:
+        gate.release()
+        await engine.aclose()
+
+
+def test_breaking_out_of_a_sync_stream_frees_the_blocks(engine: AsyncEngine) -> None:
+    for delta in engine.submit([1, 2, 3], SamplingParams(max_tokens=200)):
+        assert not delta.finished
+        break
+    gc.collect()
+    assert engine.stats().kv_blocks_used == 0
+
+
+async def test_a_slow_reader_finds_one_output_not_many() -> None:
+    runner = FakeRunner()
+    gate = Gate(runner)
+    async with make(runner) as engine:
+        handle = engine.submit([1, 2, 3], SamplingParams(max_tokens=10))
+        gate.release()
+        await asyncio.get_running_loop().run_in_executor(None, handle.result)
+        deltas = [delta async for delta in handle]
+        assert len(deltas) == 1
+        assert deltas[0].outputs[0].token_ids == expected_greedy([1, 2, 3], 10, VOCAB)
+
+
+async def test_close_ends_what_runs_with_an_error() -> None:
+    runner = FakeRunner()
+    gate = Gate(runner)
+    engine = make(runner)
+    tasks = [asyncio.ensure_future(engine.generate([number], SamplingParams(max_tokens=50))) for number in range(3)]
+    handle = engine.submit([9], SamplingParams(max_tokens=50))
+    await asyncio.get_running_loop().run_in_executor(None, gate.step, 2)
+    gate.release()
+    await engine.aclose()
+    for task in tasks:
+        with pytest.raises(EngineClosedError):
+            await task
+    with pytest.raises(EngineClosedError):
+        handle.result()
+    with pytest.raises(EngineClosedError, match="make a new one"):
+        engine.submit([1])
+    assert runner.closed
+    assert engine.closed
+    assert not engine.health()
+    engine.close()
+
+
+async def test_a_bad_request_is_refused_and_the_running_one_unchanged(engine: AsyncEngine) -> None:
+    running = asyncio.ensure_future(engine.generate([1, 2, 3], SamplingParams(max_tokens=40)))
+    with pytest.raises(InvalidRequestError, match="token id 61"):
+        await engine.generate([61])
+    with pytest.raises(InvalidRequestError, match="empty"):
+        engine.submit([])
+    engine.submit([1], request_id="twice", stream=False)
+    first = engine.submit([1, 2], request_id="same")
+    with pytest.raises(InvalidRequestError, match="request_id='same'"):
+        engine.submit([1, 2], request_id="same")
+    assert (await running).outputs[0].token_ids == expected_greedy([1, 2, 3], 40, VOCAB)
+    assert first.result().outputs[0].token_ids == expected_greedy([1, 2], 16, VOCAB)
+
+
+async def test_a_failing_request_raises_for_its_owner_alone(engine: AsyncEngine) -> None:
+    def broken(output: list[int], logits: object) -> object:
+        raise ValueError("oops")
+
+    bad = engine.generate([1], SamplingParams(logits_processors=[broken]))
+    good = engine.generate([2], SamplingParams(max_tokens=20))
+    results = await asyncio.gather(bad, good, return_exceptions=True)
+    assert isinstance(results[0], RequestFailedError)
+    assert "oops" in str(results[0])
+    assert not isinstance(results[1], BaseException)
+    assert results[1].outputs[0].token_ids == expected_greedy([2], 20, VOCAB)
+
+
+async def test_a_dead_engine_answers_everybody() -> None:
+    runner = FakeRunner()
+    engine = make(runner)
+
+    def die(batch: object) -> None:
+        raise SystemExit("the thread is killed")
+
+    runner.before_run = die
+    with pytest.raises(EngineClosedError):
+        await engine.generate([1])
+    with pytest.raises(EngineClosedError, match="died"):
+        await engine.generate([1])
+    assert not engine.health()
+    engine.close()
+
+
+def test_an_engine_that_nobody_names_closes_itself() -> None:
+    runner = FakeRunner()
+    engine = make(runner)
+    thread = engine._worker._thread
+    assert engine in list_engines()
+    del engine
+    gc.collect()
+    thread.join()
+    assert runner.closed
+
+
+def test_the_registry_makes_one_engine_per_configuration(tmp_path: Path) -> None:
+    barrier = threading.Barrier(4)
+    found: list[AsyncEngine] = []
+
+    def ask() -> None:
+        barrier.wait()
+        found.append(get_engine(model="tiny", max_num_seqs=4, kv_cache_memory="8MiB"))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(engine) for engine in found}) == 1
+    other = get_engine(model="tiny", max_num_seqs=5, kv_cache_memory="8MiB")
+    assert other is not found[0]
+    assert {found[0], other} <= set(list_engines())
+    shutdown()
+    assert list_engines() == []
+    again = get_engine(model="tiny", max_num_seqs=4, kv_cache_memory="8MiB")
+    assert again is not found[0]
+    assert again.submit("Hello", SamplingParams(max_tokens=3)).result().finished
+    shutdown()
+
+
+def _in_child(engine: AsyncEngine, answer: Any) -> None:
+    try:
+        engine.submit([1])
+        answer.put("submitted")
+    except EngineClosedError as error:
+        answer.put(str(error))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_gets_a_clear_error(engine: AsyncEngine) -> None:
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    child = context.Process(target=_in_child, args=(engine, answer))
+    child.start()
+    assert "fork" in answer.get()
+    child.join()
+    assert engine.submit([1], SamplingParams(max_tokens=2)).result().finished
+
+
+@pytest.mark.parametrize("ending", ["pass", "engine.close(); engine.close()", "sys.exit(3)", "1 / 0"])
+def test_the_process_ends_while_streaming(ending: str) -> None:
+    program = f"""
+import sys
+from pagedllm_core import AsyncEngine, SamplingParams
+engine = AsyncEngine(model="tiny", kv_cache_memory="8MiB")
+handle = engine.submit("Hello", SamplingParams(max_tokens=1000, ignore_eos=True))
+next(iter(handle))
+{ending}
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == {"sys.exit(3)": 3, "1 / 0": 1}.get(ending, 0), run.stderr
+    assert "Fatal" not in run.stderr

@@ -1,0 +1,145 @@
+"""Bad input gives a typed error that names the field, and leaves what runs unchanged."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from typing import Any
+
+import pytest
+
+from pagedllm_core.config import EngineConfig, parse_bytes
+from pagedllm_core.errors import CapacityError, ContextLengthError, InvalidRequestError
+from pagedllm_core.params import GuidedParams, SamplingParams
+from tests.fakes import FakeRunner, expected_greedy, fake_engine, run_all
+
+BAD_PARAMS: list[tuple[str, dict[str, Any]]] = [
+    *[("max_tokens", {"max_tokens": value}) for value in (0, -1, True, 1.5, "7", math.inf)],
+    *[("min_tokens", {"min_tokens": value}) for value in (-1, True, 0.5)],
+    ("min_tokens", {"min_tokens": 9, "max_tokens": 8}),
+    *[("n", {"n": value}) for value in (0, -1, True, 2.0, "2")],
+    *[("best_of", {"best_of": value}) for value in (0, -3, True)],
+    ("best_of", {"n": 3, "best_of": 2}),
+    ("n=2", {"n": 2, "temperature": 0}),
+    *[("temperature", {"temperature": value}) for value in (-0.1, math.nan, math.inf, -math.inf, True, "hot")],
+    *[("top_p", {"top_p": value}) for value in (0, -0.5, 1.01, math.nan, True)],
+    *[("top_k", {"top_k": value}) for value in (-2, 1.5, True)],
+    *[("min_p", {"min_p": value}) for value in (-0.1, 1.1, math.nan)],
+    *[("repetition_penalty", {"repetition_penalty": value}) for value in (0, -1, math.nan, math.inf)],
+    *[("presence_penalty", {"presence_penalty": value}) for value in (-2.1, 2.1, math.nan)],
+    *[("frequency_penalty", {"frequency_penalty": value}) for value in (-2.1, 2.1, math.inf)],
+    *[("logprobs", {"logprobs": value}) for value in (-1, 1.5, True)],
+    *[("prompt_logprobs", {"prompt_logprobs": value}) for value in (-1, True)],
+    *[("seed", {"seed": value}) for value in (1.5, "a", True)],
+    *[("stop", {"stop": value}) for value in ("", ["a", ""], [1], 7)],
+    *[("stop_token_ids", {"stop_token_ids": value}) for value in (["a"], 3, [1.5])],
+    ("bad_words", {"bad_words": [""]}),
+    ("allowed_token_ids", {"allowed_token_ids": []}),
+    ("logit_bias", {"logit_bias": {1: math.nan}}),
+    ("logit_bias", {"logit_bias": {1: math.inf}}),
+    ("logit_bias", {"logit_bias": {"a": 1.0}}),
+    ("guided", {"guided": GuidedParams(regex="a")}),
+    ("use_beam_search", {"use_beam_search": True}),
+    ("max_token", {"max_token": 5}),
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), BAD_PARAMS, ids=[f"{fields}" for _, fields in BAD_PARAMS])
+def test_sampling_params_name_the_field(field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=field) as caught:
+        SamplingParams(**fields)
+    assert isinstance(caught.value, ValueError)
+
+
+BAD_REQUESTS: list[tuple[str, Any, dict[str, Any]]] = [
+    ("prompt", [], {}),
+    ("prompt", "text without a tokenizer", {}),
+    ("prompt", None, {}),
+    ("prompt", 7, {}),
+    ("prompt", [1, "a"], {}),
+    ("prompt", [1, True], {}),
+    ("prompt", [1, 1.0], {}),
+    ("prompt", {}, {}),
+    ("prompt", {"prompt": 5}, {}),
+    ("prompt", {"prompt_token_ids": "abc"}, {}),
+    ("prompt_token_ids", [1, 61], {}),
+    ("prompt_token_ids", [-1], {}),
+    ("prompt_token_ids", [2**70], {}),
+    ("logit_bias", [1], {"logit_bias": {61: 1.0}}),
+    ("logit_bias", [1], {"logit_bias": {-1: 1.0}}),
+    ("allowed_token_ids", [1], {"allowed_token_ids": [61]}),
+    ("stop_token_ids", [1], {"stop_token_ids": [61]}),
+    ("stop_token_ids", [1], {"stop_token_ids": [-5]}),
+    ("n=65", [1], {"n": 65, "temperature": 1.0}),
+    ("best_of=65", [1], {"best_of": 65, "temperature": 1.0}),
+    ("n=17", [1], {"n": 17, "temperature": 1.0}),
+    ("n=2", [1], {"n": 2}),
+    ("logprobs=21", [1], {"logprobs": 21}),
+    ("prompt_logprobs=21", [1], {"prompt_logprobs": 21}),
+    ("stop", [1], {"stop": ["x"] * 65}),
+    ("stop", [1], {"stop": ["x"]}),
+    ("bad_words", [1], {"bad_words": ["x"]}),
+]
+
+
+def test_requests_name_the_field_and_the_running_one_is_unchanged() -> None:
+    engine = fake_engine(FakeRunner(num_blocks=70, max_model_len=256))
+    engine.add([1, 2, 3], SamplingParams(max_tokens=len(BAD_REQUESTS) + 5), request_id="running", stream=False)
+    for field, prompt, fields in BAD_REQUESTS:
+        engine.step()
+        before = engine.stats()
+        with pytest.raises(InvalidRequestError, match=field):
+            engine.add(prompt, SamplingParams(**fields))
+        assert engine.stats() == before
+    with pytest.raises(ContextLengthError, match="257 tokens exceed the context limit of 256") as caught:
+        engine.add([1] * 257)
+    assert (caught.value.prompt_length, caught.value.limit) == (257, 256)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.raises(CapacityError, match="kv_cache_memory"):
+        fake_engine(FakeRunner(num_blocks=2)).add([1] * 9)
+    for options, field in [({"timeout": 0}, "timeout"), ({"timeout": math.nan}, "timeout"), ({"request_id": ""}, "request_id")]:
+        with pytest.raises(InvalidRequestError, match=field):
+            engine.add([1], **options)
+    with pytest.raises(InvalidRequestError, match="sampling_params"):
+        engine.add([1], {"max_tokens": 3})  # type: ignore[arg-type]
+    output = run_all(engine)["running"].outputs[0]
+    assert output.token_ids == expected_greedy([1, 2, 3], len(BAD_REQUESTS) + 5, 61)
+
+
+BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("model", {}),
+    ("model", {"model": " "}),
+    ("dtype", {"model": "m", "dtype": "int8"}),
+    ("kv_cache_memory", {"model": "m", "kv_cache_memory": "lots"}),
+    ("kv_cache_memory", {"model": "m", "kv_cache_memory": 0}),
+    ("block_size", {"model": "m", "block_size": 0}),
+    ("max_num_seqs", {"model": "m", "max_num_seqs": 0}),
+    ("max_num_batched_tokens", {"model": "m", "max_num_seqs": 64, "max_num_batched_tokens": 32}),
+    ("gpu_memory_utilization", {"model": "m", "gpu_memory_utilization": 1.5}),
+    ("quantization", {"model": "m", "quantization": "int8"}),
+    ("load_format", {"model": "m", "load_format": "gguf"}),
+    ("load_format", {"model": "m", "load_format": "pickle"}),
+    ("kv_cache_dtype", {"model": "m", "kv_cache_dtype": "fp8"}),
+    ("swap_space", {"model": "m", "swap_space": 1}),
+    ("scheduling_policy", {"model": "m", "scheduling_policy": "fair"}),
+    ("deterministic", {"model": "m", "deterministic": True}),
+    ("tensor_parallel_size", {"model": "m", "tensor_parallel_size": 2}),
+    ("no_such_field", {"model": "m", "no_such_field": 1}),
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), BAD_CONFIGS, ids=[f"{fields}" for _, fields in BAD_CONFIGS])
+def test_configurations_name_the_field(field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=field):
+        EngineConfig(**fields)
+
+
+def test_sizes() -> None:
+    assert [parse_bytes(text) for text in ("2GiB", "512 MB", "1.5 KiB", "7", "3b")] == [2 << 30, 512_000_000, 1536, 7, 3]
+
+
+def test_configurations_are_keys_and_frozen() -> None:
+    assert EngineConfig(model="m", kv_cache_memory="1KiB") == EngineConfig(model="m", kv_cache_memory=1024)
+    assert len({EngineConfig(model="m"), EngineConfig(model="m"), EngineConfig(model="n")}) == 2
+    with pytest.raises(ValueError, match="frozen"):
+        EngineConfig(model="m").seed = 3  # type: ignore[misc]
