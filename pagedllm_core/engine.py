@@ -249,7 +249,9 @@ class Engine:
             return
         if not culprits and (head := self.scheduler.waiting.peek()) is not None:
             culprits = [head]
-        logger.warning("a step failed (%s: %s); trying its %d requests alone", type(error).__name__, error, len(culprits))
+        logger.warning(
+            "a step failed (%s: %s); trying its %d requests alone", type(error).__name__, error, len(culprits)
+        )
         self._suspects.extend(request for request in culprits if request.state is not RequestState.FINISHED)
 
     def _clear(self, batch: ScheduledBatch, suspect: Request | None) -> None:
@@ -297,7 +299,9 @@ class Engine:
         Raises:
             RuntimeError: An invariant does not hold.
         """
-        self.pool.check(sequence.table.ids.tolist() for request in self._requests.values() for sequence in request.sequences)
+        self.pool.check(
+            sequence.table.ids.tolist() for request in self._requests.values() for sequence in request.sequences
+        )
 
     def close(self) -> None:
         """End every request with `EngineClosedError` (in `take_outputs`) and free the model. May be called twice."""

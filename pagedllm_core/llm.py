@@ -50,9 +50,7 @@ class LLM:
         """
         batch = _as_batch(prompts)
         params = _as_list(sampling_params, len(batch))
-        requests = [
-            self.engine.prepare(prompt, one, stream=False) for prompt, one in zip(batch, params, strict=True)
-        ]
+        requests = [self.engine.prepare(prompt, one, stream=False) for prompt, one in zip(batch, params, strict=True)]
         return self._run(requests, use_tqdm)
 
     def chat(

@@ -108,7 +108,9 @@ class EngineWorker:
             self.error = EngineClosedError("the engine was closed; make a new one (get_engine does so by itself)")
         except BaseException as error:
             logger.exception("the engine's thread died")
-            self.error = EngineClosedError(f"the engine died: {type(error).__name__}: {error}; close it and make a new one")
+            self.error = EngineClosedError(
+                f"the engine died: {type(error).__name__}: {error}; close it and make a new one"
+            )
         finally:
             self._shut()
 

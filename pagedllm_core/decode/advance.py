@@ -17,11 +17,11 @@ Failures = dict[Request, PagedLLMError]
 
 
 class Choice(NamedTuple):
-    """One token to be chosen: for child `index` of `sequence`, from row `row` of the step's logits."""
+    """One token to be chosen: for child number `child` of `sequence`, from row `row` of the step's logits."""
 
     request: Request
     sequence: Sequence
-    index: int
+    child: int
     row: int
 
 
@@ -57,7 +57,7 @@ def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
 
 def _collect(batch: ScheduledBatch, logits: torch.Tensor, failures: Failures) -> list[Choice]:
     """Which rows choose tokens; scores prompts on the way. Mirrors the order of `ScheduledBatch.to_forward`."""
-    choices = []
+    choices: list[Choice] = []
     first = 0
     for request, sequence, start, end, samples in batch.rows:
         count = 1 if samples else 0
@@ -72,7 +72,7 @@ def _collect(batch: ScheduledBatch, logits: torch.Tensor, failures: Failures) ->
             choices.extend(Choice(request, sequence, index, first + count - 1) for index in indices)
         first += count
     # Forks share their parent's blocks: all of them are made before the parent writes on or is released.
-    return sorted(choices, key=lambda choice: choice.index == choice.sequence.index)
+    return sorted(choices, key=lambda choice: choice.child == choice.sequence.index)
 
 
 def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> torch.Tensor:
@@ -91,7 +91,7 @@ def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> tor
         for row in (~possible).nonzero().flatten().tolist():
             failures.setdefault(choices[row].request, RequestFailedError(_NO_TOKEN))
         logits = torch.where(possible[:, None], logits, 0.0)
-    draws = [Draw(choice.request.sampling, choice.index, choice.sequence.num_tokens) for choice in choices]
+    draws = [Draw(choice.request.sampling, choice.child, choice.sequence.num_tokens) for choice in choices]
     return sample(logits, draws)
 
 
@@ -104,9 +104,9 @@ _NO_TOKEN = (
 def _child(choice: Choice) -> Sequence:
     """The sequence that takes the token: the parent itself, or a new fork of it."""
     request, parent = choice.request, choice.sequence
-    if choice.index == parent.index:
+    if choice.child == parent.index:
         return parent
-    child = parent.fork(choice.index)
+    child = parent.fork(choice.child)
     request.sequences.append(child)
     return child
 

@@ -34,8 +34,7 @@ class ScoredTokens:
         for place in range(count):
             found.setdefault(self.top_tokens[row][place], (self.top[row][place], place + 1))
         return {
-            token: Logprob(logprob, rank, decode([token]) if decode else "")
-            for token, (logprob, rank) in found.items()
+            token: Logprob(logprob, rank, decode([token]) if decode else "") for token, (logprob, rank) in found.items()
         }
 
 

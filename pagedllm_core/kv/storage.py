@@ -59,9 +59,7 @@ class KVStorage:
         device: Where the storage lies.
     """
 
-    def __init__(
-        self, layers: Sequence[LayerGeometry], num_blocks: int, block_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerGeometry], num_blocks: int, block_size: int, device: torch.device) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._pools: list[torch.Tensor] = []

@@ -1,7 +1,7 @@
 """One sequence's map from token position to KV slot.
 
-    position   0 .. 15 | 16 .. 31 | 32 .. 36        block_size = 16
-    ids          7          8          3            slot of position p = ids[p // 16] * 16 + p % 16
+position   0 .. 15 | 16 .. 31 | 32 .. 36        block_size = 16
+ids          7          8          3            slot of position p = ids[p // 16] * 16 + p % 16
 """
 
 from __future__ import annotations

@@ -11,25 +11,35 @@ from pagedllm_core.attention.base import ForwardBatch
 
 
 class Runner(Protocol):
-    """A loaded model with its KV storage.
+    """A loaded model with its KV storage."""
 
-    Attributes:
-        vocab_size: Width of the logits.
-        max_model_len: Context limit in tokens.
-        num_blocks: KV blocks of the pool.
-        eos_token_ids: The model's end tokens.
-        generation_defaults: Values of the model's generation configuration.
-        tokenizer: A transformers tokenizer, or None.
-        model_name: Identity of the model, for the prefix cache.
-    """
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
 
-    vocab_size: int
-    max_model_len: int
-    num_blocks: int
-    eos_token_ids: tuple[int, ...]
-    generation_defaults: Mapping[str, Any]
-    tokenizer: Any
-    model_name: str
+    @property
+    def max_model_len(self) -> int:
+        """Context limit in tokens."""
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of the pool."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The model's end tokens."""
+
+    @property
+    def generation_defaults(self) -> Mapping[str, Any]:
+        """Values of the model's generation configuration."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A transformers tokenizer, or None."""
+
+    @property
+    def model_name(self) -> str:
+        """Identity of the model, for the prefix cache."""
 
     def run(self, batch: ForwardBatch) -> torch.Tensor:
         """One forward pass; float32 [len(batch.logits_rows), vocab_size]."""

@@ -354,6 +354,8 @@ handle = engine.submit("Hello", SamplingParams(max_tokens=1000, ignore_eos=True)
 next(iter(handle))
 {ending}
 """
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert run.returncode == {"sys.exit(3)": 3, "1 / 0": 1}.get(ending, 0), run.stderr
     assert "Fatal" not in run.stderr

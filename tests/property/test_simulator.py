@@ -18,7 +18,9 @@ def test_random_traffic_ends_exactly(seed: int) -> None:
     generator = random.Random(seed)
     block_size = generator.choice([1, 2, 4, 8])
     blocks = generator.choice([2, 5, 12, 40, 200])
-    runner = FakeRunner(num_blocks=blocks, block_size=block_size, vocab_size=VOCAB, max_model_len=64, generation_defaults={})
+    runner = FakeRunner(
+        num_blocks=blocks, block_size=block_size, vocab_size=VOCAB, max_model_len=64, generation_defaults={}
+    )
     seats = generator.choice([1, 4, 16])
     engine = fake_engine(
         runner, max_num_seqs=seats, max_num_batched_tokens=max(seats, generator.choice([4, 16, 64])),

@@ -97,7 +97,11 @@ def test_requests_name_the_field_and_the_running_one_is_unchanged() -> None:
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     with pytest.raises(CapacityError, match="kv_cache_memory"):
         fake_engine(FakeRunner(num_blocks=2)).add([1] * 9)
-    for options, field in [({"timeout": 0}, "timeout"), ({"timeout": math.nan}, "timeout"), ({"request_id": ""}, "request_id")]:
+    for options, field in [
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": math.nan}, "timeout"),
+        ({"request_id": ""}, "request_id"),
+    ]:
         with pytest.raises(InvalidRequestError, match=field):
             engine.add([1], **options)
     with pytest.raises(InvalidRequestError, match="sampling_params"):
@@ -135,7 +139,13 @@ def test_configurations_name_the_field(field: str, fields: dict[str, Any]) -> No
 
 
 def test_sizes() -> None:
-    assert [parse_bytes(text) for text in ("2GiB", "512 MB", "1.5 KiB", "7", "3b")] == [2 << 30, 512_000_000, 1536, 7, 3]
+    assert [parse_bytes(text) for text in ("2GiB", "512 MB", "1.5 KiB", "7", "3b")] == [
+        2 << 30,
+        512_000_000,
+        1536,
+        7,
+        3,
+    ]
 
 
 def test_configurations_are_keys_and_frozen() -> None:

@@ -11,7 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pagedllm_core.decode.detokenize import Detokenizer
 
-TEXTS = ["plain words, and more", "naïve café — “quotes”", "日本語のテキスト、混ぜる", "🙂🙃👩‍👩‍👧 family", "a\n\nb\t c", "\ufffd odd \ufffd"]
+TEXTS = [
+    "plain words, and more",
+    "naïve café — “quotes”",
+    "日本語のテキスト、混ぜる",
+    "🙂🙃👩‍👩‍👧 family",
+    "a\n\nb\t c",
+    "\ufffd odd \ufffd",
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +31,9 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def pieces(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = (), include: bool = False) -> tuple[list[str], str]:
+def pieces(
+    tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = (), include: bool = False
+) -> tuple[list[str], str]:
     """Stream ids one by one; the pieces handed out, and the final text."""
     detokenizer = Detokenizer(tokenizer.decode, [5, 6, 7], stop, include)
     out = []

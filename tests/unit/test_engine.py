@@ -225,7 +225,11 @@ def test_fault_at_each_call_of_each_hook(hook: str) -> None:
         runner = FakeRunner(num_blocks=40, generation_defaults={})
         engine = fake_engine(runner)
         for number, prompt in enumerate(prompts(4, seed=2, longest=20)):
-            params = SamplingParams(n=2, seed=number, max_tokens=6) if number % 2 else SamplingParams(temperature=0, max_tokens=6)
+            params = (
+                SamplingParams(n=2, seed=number, max_tokens=6)
+                if number % 2
+                else SamplingParams(temperature=0, max_tokens=6)
+            )
             engine.add(prompt, params, request_id=str(number))
         return engine, runner
 
@@ -236,7 +240,13 @@ def test_fault_at_each_call_of_each_hook(hook: str) -> None:
     clean = tokens(engine)
     for k in range(1, 200):
         engine, runner = build()
-        owner = {"run": runner, "copy_blocks": runner, "schedule": engine.scheduler, "allocate": engine.pool, "commit": engine.pool}[hook]  # type: ignore[attr-defined]
+        owner = {
+            "run": runner,
+            "copy_blocks": runner,
+            "schedule": engine.scheduler,
+            "allocate": engine.pool,
+            "commit": engine.pool,
+        }[hook]  # type: ignore[attr-defined]
         original, calls = getattr(owner, hook), [0]
 
         def faulty(*args: object, original=original, calls=calls, k=k, **kwargs: object) -> object:  # type: ignore[no-untyped-def]

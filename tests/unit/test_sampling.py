@@ -88,7 +88,9 @@ def test_bad_words_equal_transformers() -> None:
     past = sequence([1, 2], [5, 6, 7])
     words = [[7, 9], [11], [6, 7, 13], [5, 7, 17], [8, 19]]
     rules = LogitsRules(SamplingParams(), 1.0, (), tuple(tuple(word) for word in words))
-    theirs = NoBadWordsLogitsProcessor(words, eos_token_id=torch.tensor([0]))(torch.tensor([past.token_ids]), row.clone())
+    theirs = NoBadWordsLogitsProcessor(words, eos_token_id=torch.tensor([0]))(
+        torch.tensor([past.token_ids]), row.clone()
+    )
     assert torch.equal(rules.apply(row[0].clone(), past), theirs[0])
     assert rules.apply(row[0].clone(), past)[[9, 11, 13]].isinf().all()
 
@@ -117,7 +119,11 @@ def test_allowed_bias_minimum_and_callers_processors() -> None:
         return scores * 2
 
     params = SamplingParams(
-        allowed_token_ids=[3, 4, 8], logit_bias={4: 2.0, 8: -math.inf}, min_tokens=2, max_tokens=5, logits_processors=[two, three]
+        allowed_token_ids=[3, 4, 8],
+        logit_bias={4: 2.0, 8: -math.inf},
+        min_tokens=2,
+        max_tokens=5,
+        logits_processors=[two, three],
     )
     result = LogitsRules(params, 1.0, (3,), ()).apply(row.clone(), past)
     assert result[4] == pytest.approx((float(row[4]) + 2.0 + 1) * 2)
@@ -133,8 +139,10 @@ def test_greedy_and_tiny_temperatures_take_the_best() -> None:
 
 def test_a_draw_depends_on_its_counters_alone() -> None:
     rows = logits(6)
-    draws = [Draw(sampling(seed=seed, temperature=2.0), index, position) for seed, index, position in
-             [(1, 0, 5), (1, 0, 6), (1, 1, 5), (2, 0, 5), (1, 0, 5), (9, 3, 7)]]
+    draws = [
+        Draw(sampling(seed=seed, temperature=2.0), index, position)
+        for seed, index, position in [(1, 0, 5), (1, 0, 6), (1, 1, 5), (2, 0, 5), (1, 0, 5), (9, 3, 7)]
+    ]
     together = sample(rows, draws).tolist()
     order = [4, 2, 0, 5, 1, 3]
     assert sample(rows[order], [draws[row] for row in order]).tolist() == [together[row] for row in order]
