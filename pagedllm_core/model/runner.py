@@ -1,0 +1,191 @@
+"""Runs one step: a ragged batch in, logits out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from pagedllm_core.attention.base import ForwardBatch
+from pagedllm_core.attention.torch_paged import TorchPagedAttention
+from pagedllm_core.config import EngineConfig
+from pagedllm_core.errors import CapacityError
+from pagedllm_core.kv.storage import KVStorage, LayerGeometry, block_bytes
+from pagedllm_core.model.hf import Layer, PagedContext, RaggedModel
+from pagedllm_core.model.loader import LoadedModel, load_model
+from pagedllm_core.model.memory import available_memory
+from pagedllm_core.model.probe import ProbedLayer, probe_layers
+
+logger = logging.getLogger("pagedllm.model")
+
+_DEFAULT_POOL = 4 << 30
+_DEFAULT_SHARE = 0.4
+
+
+class ModelRunner:
+    """A loaded model with its KV pool. One thread at a time may call it.
+
+    Args:
+        config: What to load, and how large the pool is.
+
+    Attributes:
+        vocab_size: Width of the logits.
+        max_model_len: Context limit in tokens.
+        num_blocks: Blocks in the pool.
+        block_size: Tokens in a block.
+        eos_token_ids: Ids that end a sequence.
+        generation_defaults: The model's own sampling values.
+        tokenizer: The tokenizer, or None where the model has none.
+        device: Where model and pool lie.
+        dtype: Type of the weights.
+        model_name: What the user called the model.
+
+    Raises:
+        ModelLoadError: The model's files cannot be loaded.
+        UnsupportedModelError: The model cannot be served exactly.
+        CapacityError: The pool is smaller than one block.
+        InvalidRequestError: A configuration field does not fit the model or the machine.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._num_threads = config.num_threads
+        with self._threads():
+            loaded = load_model(config)
+            layers = probe_layers(loaded.model, loaded.hf_config, TorchPagedAttention)
+        self.max_model_len = loaded.max_model_len
+        self.block_size = config.block_size
+        self.eos_token_ids = loaded.eos_token_ids
+        self.generation_defaults = loaded.generation_config
+        self.tokenizer = loaded.tokenizer
+        self.device = loaded.device
+        self.dtype = loaded.dtype
+        self.model_name = loaded.name
+        self.vocab_size = _logits_width(loaded)
+        self._model = RaggedModel(loaded.model)
+        self._backend = TorchPagedAttention(self.device, self.block_size)
+        geometry = [layer.geometry for layer in layers]
+        self.num_blocks = self._pool_size(config, layers)
+        self._storage = KVStorage(geometry, self.num_blocks, self.block_size, self.device)
+        self._layers = self._serve(layers, self._storage)
+        logger.info(
+            "%s on %s in %s: %d blocks of %d tokens (%.1f MiB)",
+            self.model_name, self.device, self.dtype, self.num_blocks, self.block_size, self._storage.nbytes / 2**20,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def run(self, batch: ForwardBatch) -> torch.Tensor:
+        """Compute a step: keys and values go into their slots, logits come back.
+
+        Where `num_threads` is set, torch's thread count is changed for the time of the call and restored; it is a
+        setting of the calling thread, but threads that first use torch meanwhile inherit it.
+
+        Args:
+            batch: The step.
+
+        Returns:
+            float32 [L, vocab], one row for each of `batch.logits_rows`, on the device. Inference tensors.
+        """
+        with self._threads():
+            return self._forward(batch, self._layers)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks, (source, destination) each, in all layers at once; before the step that writes to them."""
+        with torch.inference_mode():
+            self._storage.copy_blocks(copies)
+
+    def close(self) -> None:
+        """Free the model and the pool. The runner cannot be used afterwards."""
+        self._layers = {}
+        self._storage.free()
+        self._model = RaggedModel(torch.nn.Identity())
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forward(self, batch: ForwardBatch, layers: dict[torch.nn.Module, Layer]) -> torch.Tensor:
+        context = PagedContext(self._backend, layers, self._backend.prepare(batch))
+        return self._model.logits(
+            torch.from_numpy(batch.token_ids).to(self.device, non_blocking=True),
+            torch.from_numpy(batch.positions).to(self.device, non_blocking=True),
+            torch.from_numpy(batch.logits_rows).to(self.device, non_blocking=True),
+            context,
+        )
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Use the configured number of CPU threads, and give back what was set before."""
+        before = torch.get_num_threads()
+        if self._num_threads in (None, before):
+            yield
+            return
+        torch.set_num_threads(self._num_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _serve(self, layers: list[ProbedLayer], storage: KVStorage) -> dict[torch.nn.Module, Layer]:
+        return {layer.module: Layer(layer.spec, storage.layer(layer.spec.kv_group)) for layer in layers}
+
+    def _pool_size(self, config: EngineConfig, layers: list[ProbedLayer]) -> int:
+        """Blocks that the pool holds."""
+        size = block_bytes([layer.geometry for layer in layers], self.block_size)
+        if config.kv_cache_memory is not None:
+            if config.kv_cache_memory < size:
+                raise CapacityError(
+                    f"kv_cache_memory={config.kv_cache_memory}: one block of {self.block_size} tokens takes {size} bytes in "
+                    f"this model; give at least that, or leave kv_cache_memory out"
+                )
+            return config.kv_cache_memory // size
+        usable = config.max_num_seqs * -(-self.max_model_len // self.block_size)
+        if self.device.type == "cuda":
+            memory = self._free_cuda_memory(config, layers)
+        else:
+            memory = min(_DEFAULT_POOL, int(_DEFAULT_SHARE * available_memory()))
+        if memory < size:
+            raise CapacityError(
+                f"kv_cache_memory: {memory} bytes are left on {self.device}, and one block of {self.block_size} tokens takes "
+                f"{size}; free memory, set kv_cache_memory, or choose a smaller model or block_size"
+            )
+        return min(memory // size, usable)
+
+    def _free_cuda_memory(self, config: EngineConfig, layers: list[ProbedLayer]) -> int:
+        """Bytes that `gpu_memory_utilization` leaves after the weights and the largest forward pass."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._profile(config, layers)
+        activations = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(free - (1 - config.gpu_memory_utilization) * total - activations)
+
+    @torch.inference_mode()
+    def _profile(self, config: EngineConfig, layers: list[ProbedLayer]) -> None:
+        """Run the largest step once, over a small pool."""
+        tokens = min(config.max_num_batched_tokens, self.max_model_len)
+        blocks = -(-tokens // self.block_size)
+        storage = KVStorage([layer.geometry for layer in layers], blocks, self.block_size, self.device)
+        rows = min(config.max_num_seqs, tokens)
+        self._forward(
+            ForwardBatch(
+                token_ids=np.zeros(tokens, dtype=np.int64),
+                positions=np.arange(tokens, dtype=np.int64),
+                slot_mapping=np.arange(tokens, dtype=np.int64),
+                query_starts=np.array([0, tokens], dtype=np.int32),
+                context_lens=np.array([tokens], dtype=np.int32),
+                block_tables=np.arange(blocks, dtype=np.int32)[None],
+                logits_rows=np.arange(tokens - rows, tokens, dtype=np.int64),
+            ),
+            self._serve(layers, storage),
+        )
+
+
+def _logits_width(loaded: LoadedModel) -> int:
+    """Width of the logits, which may be padded beyond the configured vocabulary."""
+    head: Any = loaded.model.get_output_embeddings()  # type: ignore[operator]
+    width = getattr(head, "out_features", None) or getattr(getattr(head, "weight", None), "shape", [None])[0]
+    return int(width or loaded.hf_config.get_text_config(decoder=True).vocab_size)
