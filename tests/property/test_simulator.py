@@ -14,7 +14,7 @@ VOCAB = 31
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_random_traffic_ends_exactly(seed: int) -> None:
+def test_random_traffic_ends_exactly(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = random.Random(seed)
     block_size = generator.choice([1, 2, 4, 8])
     blocks = generator.choice([2, 5, 12, 40, 200])
@@ -26,6 +26,7 @@ def test_random_traffic_ends_exactly(seed: int) -> None:
         runner, max_num_seqs=seats, max_num_batched_tokens=max(seats, generator.choice([4, 16, 64])),
         enable_prefix_caching=generator.random() < 0.7,
     )  # fmt: skip
+    monkeypatch.setattr(engine, "_recover", unexpected)  # recovering would hide a mistake of the scheduler
     waiting = [request(generator, seats) for _ in range(30)]
     running: dict[str, tuple[list[int], SamplingParams]] = {}
     tokens: dict[str, dict[int, list[int]]] = {}
@@ -50,6 +51,9 @@ def test_random_traffic_ends_exactly(seed: int) -> None:
         engine.check()
         steps += 1
         assert steps < 20_000, "no progress"
+    for batch in runner.batches:
+        assert len(batch.context_lens) <= seats
+        assert len(batch.token_ids) <= engine.config.max_num_batched_tokens
     stats = engine.stats()
     assert stats.kv_blocks_used == 0
     assert stats.kv_blocks_free + stats.kv_blocks_cached == blocks
@@ -63,6 +67,10 @@ def test_random_traffic_ends_exactly(seed: int) -> None:
             assert found == wanted[: len(found)]
             if len(found) < len(wanted):  # the context limit, or a pool that is too small for the request alone
                 assert len(prompt) + len(found) >= min(64, blocks * block_size)
+
+
+def unexpected(batch: object, error: Exception, suspect: object) -> None:
+    raise error
 
 
 def request(generator: random.Random, seats: int) -> tuple[list[int], SamplingParams]:
