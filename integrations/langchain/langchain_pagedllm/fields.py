@@ -1,0 +1,58 @@
+"""What both LangChain models have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from langchain_core.utils import secret_from_env
+from pydantic import Field, SecretStr
+
+from pagedllm_core.chat.adapter import Call
+from pagedllm_core.chat.fields import AdapterFields
+from pagedllm_core.errors import InvalidRequestError
+from pagedllm_core.params import SamplingParams
+
+# Arguments that LangChain or code written for other providers passes along; they ask for nothing here.
+IGNORED_PER_CALL = frozenset({
+    "stream", "strict", "parallel_tool_calls", "ls_structured_output_format", "structured_output_format", "user",
+    "api_key", "max_retries",
+})  # fmt: skip
+
+
+class PagedModel(AdapterFields):
+    """Fields of the LangChain models."""
+
+    streaming: bool = Field(False, description="Stream internally in `invoke` too.")
+    max_retries: int = Field(0, description="Accepted for compatibility; nothing here is worth repeating.")
+    api_key: SecretStr | None = Field(None, exclude=True, description="Accepted for compatibility; there is no API.")
+    hf_token: SecretStr | None = Field(
+        default_factory=secret_from_env("HF_TOKEN", default=None), description="Token for gated models."
+    )
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """Fields that dumps replace by the name of an environment variable."""
+        return {"hf_token": "HF_TOKEN"}
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Dumps hold the configuration; the engine stays out."""
+        return True
+
+    def _hub_token(self) -> str | None:
+        return None if self.hf_token is None else self.hf_token.get_secret_value()
+
+    def _call_params(self, stop: list[str] | None, given: Mapping[str, Any]) -> SamplingParams:
+        given = self._by_own_names(given)
+        return self._sampling({**given, "stop": stop} if stop else given)
+
+
+def check_streamable(call: Call) -> None:
+    """Refuse several replies in one stream.
+
+    Raises:
+        InvalidRequestError: `n` is more than 1.
+    """
+    if call.params.n > 1:
+        raise InvalidRequestError(f"n={call.params.n}: a stream carries one reply; use invoke or generate, or n=1")

@@ -1,0 +1,147 @@
+"""`PagedLLM`: raw completion, without a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models.llms import BaseLLM
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+
+from langchain_pagedllm.convert import end_metadata, logprobs_content
+from langchain_pagedllm.fields import IGNORED_PER_CALL, PagedModel, check_streamable
+from pagedllm_core.chat.adapter import Call, wait, watched
+from pagedllm_core.outputs import CompletionOutput, RequestOutput
+
+
+class PagedLLM(PagedModel, BaseLLM):
+    """Raw completion on a paged engine inside this process; fields and engine are those of `ChatPagedLLM`."""
+
+    @property
+    def _llm_type(self) -> str:
+        return "pagedllm"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return self._identity()
+
+    @classmethod
+    def get_lc_namespace(cls) -> list[str]:
+        """Where dumps say this class lives."""
+        return ["langchain_pagedllm", "llms"]
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        engine = self._source(kwargs.get("model")).get()
+        handles = []
+        try:
+            for prompt in prompts:
+                handles.append(self._call(prompt, stop, kwargs).submit(engine, stream=False))
+            return self._result([wait(handle) for handle in handles], kwargs)
+        finally:
+            for handle in handles:
+                if not handle.finished:
+                    handle.cancel()
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        engine = await self._source(kwargs.get("model")).aget()
+        handles = []
+        try:
+            for prompt in prompts:
+                handles.append(await self._call(prompt, stop, kwargs).asubmit(engine, stream=False))
+            return self._result([await handle.aresult() for handle in handles], kwargs)
+        finally:
+            for handle in handles:
+                if not handle.finished:
+                    handle.cancel()
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        call = self._call(prompt, stop, kwargs)
+        check_streamable(call)
+        handle = call.submit(self._source(kwargs.get("model")).get(), stream=True)
+        try:
+            for output in handle:
+                for completion in output.outputs:
+                    chunk = GenerationChunk(text=completion.text, generation_info=self._info(completion, kwargs))
+                    if run_manager:
+                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
+        finally:
+            if not handle.finished:
+                handle.cancel()
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        call = self._call(prompt, stop, kwargs)
+        check_streamable(call)
+        outputs = watched(await call.asubmit(await self._source(kwargs.get("model")).aget(), stream=True))
+        try:
+            async for output in outputs:
+                for completion in output.outputs:
+                    chunk = GenerationChunk(text=completion.text, generation_info=self._info(completion, kwargs))
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
+        finally:
+            await outputs.aclose()
+
+    def _call(self, prompt: str, stop: list[str] | None, given: dict[str, Any]) -> Call:
+        self._warn_unknown_arguments(given, IGNORED_PER_CALL | {"stop_sequences", "max_new_tokens"})
+        params = self._call_params(stop, given)
+        return Call(params=params, prompt=prompt, timeout=given.get("timeout", self.timeout))
+
+    def _result(self, outputs: list[RequestOutput], given: dict[str, Any]) -> LLMResult:
+        generations: list[list[Generation]] = [
+            [
+                Generation(text=completion.text, generation_info=self._info(completion, given))
+                for completion in output.outputs
+            ]
+            for output in outputs
+        ]
+        prompt_tokens = sum(output.metrics.prompt_tokens for output in outputs)
+        output_tokens = sum(output.metrics.output_tokens for output in outputs)
+        usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": output_tokens,
+            "total_tokens": prompt_tokens + output_tokens,
+        }
+        llm_output = {"token_usage": usage, "model_name": given.get("model") or self.model}
+        return LLMResult(generations=generations, llm_output=llm_output)
+
+    def _info(self, completion: CompletionOutput, given: dict[str, Any]) -> dict[str, Any] | None:
+        info = end_metadata(completion, given.get("model") or self.model, False) if completion.finished else {}
+        if completion.logprobs is not None:
+            info["logprobs"] = logprobs_content(completion)
+        return info or None
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The model's own token ids of a text."""
+        ids: list[int] = self._source().get().tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def get_num_tokens(self, text: str) -> int:
+        """The number of the model's own tokens in a text."""
+        return len(self.get_token_ids(text))

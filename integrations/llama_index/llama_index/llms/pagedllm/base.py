@@ -1,0 +1,290 @@
+"""`PagedLLM`: a function-calling LLM whose concurrent calls share one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as default_messages_to_prompt
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+    ToolCallBlock,
+)
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.llms.pagedllm.convert import (
+    ChatStream,
+    as_completion,
+    to_chat_response,
+    to_completion_response,
+    to_template_messages,
+)
+
+from pagedllm_core.chat.adapter import Call, EngineSource, watched
+from pagedllm_core.chat.fields import AdapterFields
+from pagedllm_core.chat.tools import check_tool_choice
+from pagedllm_core.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from llama_index.core.tools.types import BaseTool
+
+    from pagedllm_core.streams import RequestHandle
+
+_CHAT_ARGUMENTS = frozenset({"tools", "tool_choice", "chat_template", "chat_template_kwargs", "response_format"})
+# Arguments that code written for other providers passes along; they ask for nothing here.
+_IGNORED = frozenset(
+    {"parallel_tool_calls", "stream", "extra_headers", "extra_query", "extra_body", "user", "formatted"}
+)
+
+
+class PagedLLM(AdapterFields, FunctionCallingLLM):
+    """A function-calling LLM on a paged engine inside this process.
+
+    Making one is cheap: the engine is built at the first call and shared by everyone who names the same configuration,
+    `ChatPagedLLM` of LangChain included. Every field of `SamplingParams` can also be given per call; so can `model` and
+    `timeout`.
+
+    Example:
+        ```python
+        from llama_index.llms.pagedllm import PagedLLM
+
+        llm = PagedLLM(model="tiny", max_tokens=32)
+        print(llm.complete("What is PagedLLM?"))
+        ```
+    """
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name in dumps."""
+        return "PagedLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What the loaded model can do; loads it."""
+        engine = self._source().get()
+        template = self.chat_template or getattr(engine.tokenizer, "chat_template", None)
+        return LLMMetadata(
+            context_window=engine.max_model_len,
+            num_output=-1 if self.max_tokens is None else self.max_tokens,
+            is_chat_model=bool(template),
+            is_function_calling_model="tools" in str(template),
+            model_name=self.model,
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, for `Settings.tokenizer`; loads the model."""
+        return self._source().get().tokenizer.encode
+
+    def to_payload(self) -> dict[str, Any]:
+        """What events say about this model. It is asked for at the start of each call, so it must not load anything."""
+        known = self.metadata.model_dump() if self._source().current() else {"model_name": self.model}
+        return {"class_name": self.class_name(), **known, **self._identity()}
+
+    # Chat.
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation."""
+        call = self._chat_call(messages, kwargs)
+        output = call.run(self._source(kwargs.get("model")).get())
+        return to_chat_response(output, kwargs.get("model") or self.model, call.tools is not None)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation; cancelling the task frees its memory."""
+        call = self._chat_call(messages, kwargs)
+        output = await call.arun(await self._source(kwargs.get("model")).aget())
+        return to_chat_response(output, kwargs.get("model") or self.model, call.tools is not None)
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Answer a conversation bit by bit; closing the iterator frees its memory."""
+        return self._stream(self._chat_call(messages, kwargs), kwargs)
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """Answer a conversation bit by bit; closing the iterator or cancelling its reader frees its memory."""
+        return await self._astream(self._chat_call(messages, kwargs), kwargs)
+
+    # Completion: one user's turn through the chat template, unless the prompt is formatted already.
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Complete a prompt."""
+        source = self._source(kwargs.get("model"))
+        output = self._completion_call(source, prompt, formatted, kwargs).run(source.get())
+        return to_completion_response(output, kwargs.get("model") or self.model)
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Complete a prompt; cancelling the task frees its memory."""
+        source = self._source(kwargs.get("model"))
+        engine = await source.aget()
+        output = await self._completion_call(source, prompt, formatted, kwargs).arun(engine)
+        return to_completion_response(output, kwargs.get("model") or self.model)
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """Complete a prompt bit by bit; closing the iterator frees its memory."""
+        call = self._completion_call(self._source(kwargs.get("model")), prompt, formatted, kwargs)
+        chats = self._stream(call, kwargs)
+        return (as_completion(response) for response in chats)
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        """Complete a prompt bit by bit; closing the iterator or cancelling its reader frees its memory."""
+        source = self._source(kwargs.get("model"))
+        await source.aget()
+        chats = await self._astream(self._completion_call(source, prompt, formatted, kwargs), kwargs)
+
+        async def responses() -> CompletionResponseAsyncGen:
+            try:
+                async for response in chats:
+                    yield as_completion(response)
+            finally:
+                await chats.aclose()
+
+        return responses()
+
+    def _stream(self, call: Call, given: dict[str, Any]) -> ChatResponseGen:
+        handle = call.submit(self._source(given.get("model")).get(), stream=True)
+        return self._responses(handle, ChatStream(given.get("model") or self.model, call.tools is not None))
+
+    @staticmethod
+    def _responses(handle: RequestHandle, stream: ChatStream) -> ChatResponseGen:
+        try:
+            for output in handle:
+                yield from stream.feed(output)
+        finally:
+            if not handle.finished:
+                handle.cancel()
+
+    async def _astream(self, call: Call, given: dict[str, Any]) -> ChatResponseAsyncGen:
+        handle = await call.asubmit(await self._source(given.get("model")).aget(), stream=True)
+        return self._aresponses(handle, ChatStream(given.get("model") or self.model, call.tools is not None))
+
+    @staticmethod
+    async def _aresponses(handle: RequestHandle, stream: ChatStream) -> ChatResponseAsyncGen:
+        outputs = watched(handle)
+        try:
+            async for output in outputs:
+                for response in stream.feed(output):
+                    yield response
+        finally:
+            await outputs.aclose()
+
+    def _chat_call(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> Call:
+        given = self._checked(kwargs)
+        to_prompt: Any = self.messages_to_prompt
+        if to_prompt is not default_messages_to_prompt:
+            return self._raw_call(to_prompt(messages), given)
+        tools = given.get("tools") or None
+        allowed = check_tool_choice(given.get("tool_choice"))
+        return Call(
+            params=self._sampling(given),
+            messages=to_template_messages(messages),
+            tools=tools if allowed else None,
+            chat_template=given.get("chat_template", self.chat_template),
+            template_kwargs={**self.chat_template_kwargs, **(given.get("chat_template_kwargs") or {})},
+            timeout=given.get("timeout", self.timeout),
+        )
+
+    def _completion_call(self, source: EngineSource, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> Call:
+        given = self._checked(kwargs)
+        if formatted:
+            return self._raw_call(prompt, given)
+        to_prompt: Any = self.completion_to_prompt
+        if to_prompt is not default_completion_to_prompt:
+            return self._raw_call(to_prompt(prompt), given)
+        if not (self.chat_template or getattr(source.get().tokenizer, "chat_template", None)):
+            return self._raw_call(prompt, given)
+        return self._chat_call([ChatMessage(content=prompt, role=MessageRole.USER)], given)
+
+    def _raw_call(self, prompt: str, given: dict[str, Any]) -> Call:
+        return Call(params=self._sampling(given), prompt=prompt, timeout=given.get("timeout", self.timeout))
+
+    def _checked(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = self._by_own_names(kwargs)
+        self._warn_unknown_arguments(given, _CHAT_ARGUMENTS | _IGNORED)
+        if given.get("response_format") is not None:
+            raise InvalidRequestError("response_format: not supported yet (it needs guided decoding); leave it out")
+        if given.get("n", self.n) != 1:
+            raise InvalidRequestError(f"n={given.get('n', self.n)}: a response carries one reply; use n=1")
+        return given
+
+    # Tools.
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: str | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        if tool_required:
+            raise InvalidRequestError(
+                "tool_required=True: not supported yet (it needs guided decoding); leave it out and the model chooses"
+            )
+        check_tool_choice(tool_choice)
+        messages = list(chat_history or ())
+        if user_msg is not None:
+            messages.append(ChatMessage(content=user_msg) if isinstance(user_msg, str) else user_msg)
+        prepared = {"messages": messages, "tools": [tool.metadata.to_openai_tool() for tool in tools], **kwargs}
+        return prepared if tool_choice is None else {**prepared, "tool_choice": tool_choice}
+
+    def _validate_chat_with_tools_response(
+        self,
+        response: ChatResponse,
+        tools: Sequence[BaseTool],
+        allow_parallel_tool_calls: bool = False,
+        **kwargs: Any,
+    ) -> ChatResponse:
+        calls = _tool_calls(response)
+        if len(calls) > 1 and not allow_parallel_tool_calls:
+            message = response.message
+            message.blocks = [block for block in message.blocks if block not in calls[1:]]
+            message.additional_kwargs["tool_calls"] = message.additional_kwargs["tool_calls"][:1]
+        return response
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """The calls that a reply asks for.
+
+        Args:
+            response: The reply.
+            error_on_no_tool_call: Raise where there is none.
+            **kwargs: Ignored.
+
+        Raises:
+            ValueError: There is none.
+        """
+        calls = _tool_calls(response)
+        if not calls and error_on_no_tool_call:
+            raise ValueError(f"Expected at least one tool call, but got none in: {response.message.content!r:.200}")
+        return [
+            ToolSelection(
+                tool_id=call.tool_call_id or "",
+                tool_name=call.tool_name,
+                tool_kwargs=call.tool_kwargs if isinstance(call.tool_kwargs, dict) else {},
+            )
+            for call in calls
+        ]
+
+
+def _tool_calls(response: ChatResponse) -> list[ToolCallBlock]:
+    return [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]

@@ -1,0 +1,230 @@
+"""Between LlamaIndex's messages and the core's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llama_index.core.base.llms.types import (
+    CachePoint,
+    ChatMessage,
+    ChatResponse,
+    CitableBlock,
+    CitationBlock,
+    CompletionResponse,
+    LogProb,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+
+from pagedllm_core.chat.messages import template_role
+from pagedllm_core.chat.tools import Reply, ReplyStream, ToolCall, parse_reply
+from pagedllm_core.errors import InvalidRequestError
+from pagedllm_core.outputs import CompletionOutput, Logprob, RequestOutput
+
+
+def to_template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """The conversation as chat templates take it.
+
+    Raises:
+        InvalidRequestError: A message holds something that is not text.
+    """
+    return [_convert_message(message) for message in messages]
+
+
+def _convert_message(message: ChatMessage) -> dict[str, Any]:
+    extra = message.additional_kwargs
+    converted: dict[str, Any] = {
+        "role": template_role(message.role.value),
+        "content": "\n".join(text for block in message.blocks for text in _texts(block)),
+    }
+    calls = [
+        _openai_call(block.tool_call_id, block.tool_name, block.tool_kwargs)
+        for block in message.blocks
+        if isinstance(block, ToolCallBlock)
+    ]
+    calls = calls or [_call_from_extra(call) for call in extra.get("tool_calls") or ()]
+    if calls:
+        converted["tool_calls"] = calls
+    thoughts = [block.content for block in message.blocks if isinstance(block, ThinkingBlock) and block.content]
+    if thoughts:
+        converted["reasoning_content"] = "\n".join(thoughts)
+    if extra.get("tool_call_id"):
+        converted["tool_call_id"] = str(extra["tool_call_id"])
+    if isinstance(extra.get("name"), str):
+        converted["name"] = extra["name"]
+    return converted
+
+
+def _texts(block: Any) -> Iterator[str]:
+    if isinstance(block, TextBlock):
+        if block.text:
+            yield block.text
+    elif isinstance(block, CitableBlock):
+        for inner in block.content:
+            yield from _texts(inner)
+    elif isinstance(block, CitationBlock):
+        yield from _texts(block.cited_content)
+    elif not isinstance(block, ToolCallBlock | ThinkingBlock | CachePoint):
+        raise InvalidRequestError(f"messages: a {type(block).__name__} cannot be read; models here take text only")
+
+
+def _openai_call(identity: str | None, name: str, arguments: dict[str, Any] | str) -> dict[str, Any]:
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:  # shown to the model as it was written
+            return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _call_from_extra(call: Any) -> dict[str, Any]:
+    plain = call if isinstance(call, dict) else call.model_dump()
+    function = plain.get("function", plain)
+    return _openai_call(plain.get("id"), function["name"], function.get("arguments") or {})
+
+
+def to_chat_response(output: RequestOutput, model: str, tools: bool) -> ChatResponse:
+    """A finished request."""
+    completion = output.outputs[0]
+    reply = parse_reply(completion.text) if tools else Reply(completion.text)
+    usage = _usage(output)
+    message = _message(reply.content or ("" if reply.tool_calls else completion.text), reply.tool_calls)
+    return ChatResponse(
+        message=message,
+        raw=_raw(output, completion, model, message, usage, bool(reply.tool_calls)),
+        logprobs=to_logprobs(completion),
+        additional_kwargs=_counts(usage),
+    )
+
+
+def to_completion_response(output: RequestOutput, model: str) -> CompletionResponse:
+    """A finished request, as text."""
+    completion = output.outputs[0]
+    usage = _usage(output)
+    return CompletionResponse(
+        text=completion.text,
+        raw=_raw(output, completion, model, _message(completion.text, []), usage, False),
+        logprobs=to_logprobs(completion),
+        additional_kwargs=_counts(usage),
+    )
+
+
+class ChatStream:
+    """Turns a streamed request's outputs into responses that hold the reply so far, and what is new."""
+
+    def __init__(self, model: str, tools: bool) -> None:
+        self._model = model
+        self._reader = ReplyStream() if tools else None
+        self._text = ""
+
+    def feed(self, output: RequestOutput) -> Iterator[ChatResponse]:
+        """The responses of one output; the last one carries the tool calls and the usage."""
+        for completion in output.outputs:
+            delta, calls = completion.text, []
+            if self._reader is not None:
+                delta = self._reader.feed(delta)
+                if completion.finished:
+                    rest = self._reader.finish()
+                    delta, calls = delta + rest.content, rest.tool_calls
+            self._text += delta
+            if not (delta or completion.finished or completion.logprobs):
+                continue
+            message = _message(self._text, calls)
+            usage = _usage(output) if completion.finished else None
+            yield ChatResponse(
+                message=message,
+                delta=delta,
+                raw=_raw(output, completion, self._model, message, usage, bool(calls)),
+                logprobs=to_logprobs(completion),
+                additional_kwargs=_counts(usage),
+            )
+
+
+def as_completion(response: ChatResponse) -> CompletionResponse:
+    """The same reply as text."""
+    return CompletionResponse(
+        text=response.message.content or "",
+        delta=response.delta,
+        raw=response.raw,
+        logprobs=response.logprobs,
+        additional_kwargs=response.additional_kwargs,
+    )
+
+
+def to_logprobs(completion: CompletionOutput) -> list[list[LogProb]] | None:
+    """Log-probabilities: for each token the chosen one and its alternatives, the most likely first."""
+    if completion.logprobs is None:
+        return None
+    return [
+        [_logprob(entry) for entry in sorted(entries.values(), key=lambda entry: entry.rank)]
+        for entries in completion.logprobs
+    ]
+
+
+def _logprob(entry: Logprob) -> LogProb:
+    token = entry.decoded_token
+    return LogProb(token=token, logprob=entry.logprob, bytes=list(token.encode("utf-8", "replace")))
+
+
+def _message(text: str, calls: Sequence[ToolCall]) -> ChatMessage:
+    blocks: list[Any] = [TextBlock(text=text)] if text or not calls else []
+    blocks += [ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls]
+    # Code of llama-index-core that streams looks for the calls in OpenAI's shape only.
+    extra = {
+        "tool_calls": [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+            }
+            for call in calls
+        ]
+    }
+    return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=extra if calls else {})
+
+
+def _usage(output: RequestOutput) -> dict[str, Any]:
+    metrics = output.metrics
+    return {
+        "prompt_tokens": metrics.prompt_tokens,
+        "completion_tokens": metrics.output_tokens,
+        "total_tokens": metrics.prompt_tokens + metrics.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": metrics.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def _counts(usage: dict[str, Any] | None) -> dict[str, int]:
+    return {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")} if usage else {}
+
+
+def _raw(
+    output: RequestOutput,
+    completion: CompletionOutput,
+    model: str,
+    message: ChatMessage,
+    usage: dict[str, Any] | None,
+    called: bool,
+) -> dict[str, Any]:
+    """What an OpenAI-compatible server would have sent; token counters and tracers read it."""
+    reason = "tool_calls" if called and completion.finish_reason == "stop" else completion.finish_reason
+    raw: dict[str, Any] = {
+        "id": output.request_id,
+        "object": "chat.completion",
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": reason,
+                "stop_reason": completion.stop_reason,
+                "message": {"role": "assistant", "content": message.content, **message.additional_kwargs},
+            }
+        ],
+    }
+    if usage is not None:
+        raw["usage"] = usage
+    return raw

@@ -1,0 +1,1 @@
+"""Conversations: chat templates, tool calls, and what the framework adapters share."""

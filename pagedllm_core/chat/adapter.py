@@ -1,0 +1,249 @@
+"""What the framework adapters share: an engine that is built at the first call, and requests made from messages.
+
+Importing this module brings in neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pagedllm_core.config import EngineConfig
+from pagedllm_core.outputs import RequestOutput
+from pagedllm_core.params import SamplingParams
+
+if TYPE_CHECKING:
+    from pagedllm_core.async_engine import AsyncEngine
+    from pagedllm_core.request import Request
+    from pagedllm_core.streams import RequestHandle
+
+
+class EngineSource:
+    """Where an adapter gets its engine from.
+
+    Args:
+        config: The engine's configuration.
+        engine: An engine to use; without it, the process's one of this configuration.
+        token: Token of the Hugging Face hub, where the environment has none.
+    """
+
+    def __init__(self, config: EngineConfig, engine: AsyncEngine | None = None, token: str | None = None) -> None:
+        self._config = config
+        self._given = engine
+        self._token = token
+        self._shared: weakref.ref[AsyncEngine] | None = None
+        self._loading: Future[AsyncEngine] | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> AsyncEngine:
+        """The engine; its model is loaded at the first call, and anew after `shutdown`.
+
+        Raises:
+            ModelLoadError: The model cannot be loaded.
+        """
+        return self.current() or self._load().result()
+
+    async def aget(self) -> AsyncEngine:
+        """`get` that lets the event loop run while the model loads.
+
+        Raises:
+            ModelLoadError: The model cannot be loaded.
+        """
+        engine = self.current()
+        return engine if engine is not None else await asyncio.shield(asyncio.wrap_future(self._load()))
+
+    def current(self) -> AsyncEngine | None:
+        """The engine if it is there already; loads nothing."""
+        if self._given is not None:
+            return self._given
+        engine = None if self._shared is None else self._shared()
+        return None if engine is None or engine.closed else engine
+
+    def _load(self) -> Future[AsyncEngine]:
+        """Load on a thread of its own, once for all who wait: a loop's default executor has few threads."""
+        with self._lock:
+            if self._loading is None:
+                self._loading = Future()
+                threading.Thread(target=self._run_load, args=(self._loading,), daemon=True).start()
+            return self._loading
+
+    def _run_load(self, future: Future[AsyncEngine]) -> None:
+        from pagedllm_core.registry import get_engine
+
+        try:
+            with _token_in_environment(self._token):
+                engine = get_engine(self._config)
+        except BaseException as error:  # whoever waits gets it
+            with self._lock:
+                self._loading = None
+            future.set_exception(error)
+            return
+        with self._lock:
+            self._shared, self._loading = weakref.ref(engine), None
+        future.set_result(engine)
+
+
+@contextlib.contextmanager
+def _token_in_environment(token: str | None) -> Iterator[None]:
+    """Let the hub's client find the token while a model loads; a configuration must not hold a secret."""
+    if token is None or "HF_TOKEN" in os.environ:
+        yield
+        return
+    os.environ["HF_TOKEN"] = token
+    try:
+        yield
+    finally:
+        os.environ.pop("HF_TOKEN", None)
+
+
+# Adapters are made and copied often, some frameworks make one for every call; they all find the engine here.
+_SOURCES: dict[EngineConfig, EngineSource] = {}
+
+
+def shared_engine(config: EngineConfig, token: str | None = None) -> EngineSource:
+    """Where to get the process's engine of this configuration; `token` counts when it has to be downloaded."""
+    source = _SOURCES.get(config)
+    return source or _SOURCES.setdefault(config, EngineSource(config, token=token))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request of an adapter, before it is tokenized.
+
+    Attributes:
+        prompt: Text for raw completion; or None, and the messages are put through the chat template.
+        messages: The conversation.
+        params: How to sample.
+        tools: JSON schemas of functions the model may call.
+        chat_template: In place of the model's.
+        template_kwargs: Further arguments of `ChatTemplate.render`.
+        timeout: Seconds until it fails with `RequestTimeoutError`.
+    """
+
+    params: SamplingParams
+    prompt: str | None = None
+    messages: Sequence[Mapping[str, Any]] = ()
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float | None = None
+
+    def tokenize(self, engine: AsyncEngine) -> dict[str, Any]:
+        """The prompt as the engine takes it: text and token ids.
+
+        Raises:
+            InvalidRequestError: The chat template refuses the conversation.
+        """
+        from pagedllm_core.chat.template import ChatTemplate
+
+        if self.prompt is not None:
+            start = getattr(engine.tokenizer, "bos_token", None)
+            if start and self.prompt.startswith(start):  # the tokenizer would put a second one in front
+                ids = ChatTemplate(engine.tokenizer).encode(self.prompt)
+                return {"prompt": self.prompt, "prompt_token_ids": ids}
+            return {"prompt": self.prompt}
+        template = ChatTemplate(engine.tokenizer, self.chat_template)
+        text = template.render(self.messages, tools=self.tools, simplify=True, **self.template_kwargs)
+        return {"prompt": text, "prompt_token_ids": template.encode(text)}
+
+    def submit(self, engine: AsyncEngine, *, stream: bool) -> RequestHandle:
+        """Queue it, from any thread.
+
+        Raises:
+            PagedLLMError: It cannot be served; nothing was allocated.
+        """
+        return engine.enqueue(self._prepare(engine, stream))
+
+    async def asubmit(self, engine: AsyncEngine, *, stream: bool) -> RequestHandle:
+        """Queue it from an event loop; the template and the tokenizer run on the engine's intake thread.
+
+        Raises:
+            PagedLLMError: It cannot be served; nothing was allocated.
+        """
+        return engine.enqueue(await engine.run_in_intake(self._prepare, engine, stream))
+
+    def run(self, engine: AsyncEngine) -> RequestOutput:
+        """Queue it and block until it has ended; leaving early (Ctrl-C) frees its blocks.
+
+        Raises:
+            PagedLLMError: The request cannot be served, or failed.
+        """
+        return wait(self.submit(engine, stream=False))
+
+    async def arun(self, engine: AsyncEngine) -> RequestOutput:
+        """`run` on an event loop; cancelling the task frees its blocks.
+
+        Raises:
+            PagedLLMError: The request cannot be served, or failed.
+        """
+        handle = await self.asubmit(engine, stream=False)
+        try:
+            return await handle.aresult()
+        finally:
+            if not handle.finished:
+                handle.cancel()
+
+    def _prepare(self, engine: AsyncEngine, stream: bool) -> Request:
+        return engine.prepare(self.tokenize(engine), self.params, timeout=self.timeout, stream=stream)
+
+
+def wait(handle: RequestHandle) -> RequestOutput:
+    """The handle's result; leaving early (Ctrl-C) frees its blocks.
+
+    Raises:
+        PagedLLMError: The request failed.
+    """
+    try:
+        return handle.result()
+    finally:
+        if not handle.finished:
+            handle.cancel()
+
+
+async def watched(handle: RequestHandle) -> AsyncGenerator[RequestOutput, None]:
+    """What is new of a streamed request, and an end of it when a task that reads it is cancelled.
+
+    A framework may suspend between two outputs and never close its iterators when its task is cancelled there. Tasks
+    that merely end are no sign: some callers read each output in a task of its own.
+    """
+    reader: asyncio.Task[Any] | None = None
+
+    def on_done(task: asyncio.Task[Any]) -> None:
+        if task.cancelled():
+            handle.cancel()
+
+    def watch(task: asyncio.Task[Any] | None) -> asyncio.Task[Any] | None:
+        if task is not reader:
+            if reader is not None:
+                reader.remove_done_callback(on_done)
+            if task is not None:
+                task.add_done_callback(on_done)
+        return task
+
+    try:
+        reader = watch(asyncio.current_task())
+        async for output in handle:
+            yield output
+            reader = watch(asyncio.current_task())
+    finally:
+        watch(None)
+        if not handle.finished:
+            handle.cancel()
+
+
+def sampling_params(fields: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters from what a caller gave; None means left out, and `max_tokens` left out means no limit.
+
+    Raises:
+        InvalidRequestError: A value cannot be served.
+    """
+    return SamplingParams(
+        **{"max_tokens": None, **{name: value for name, value in fields.items() if value is not None}}
+    )

@@ -1,0 +1,136 @@
+"""The fields that every framework's model class has, and the way from them to an engine and to sampling parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pagedllm_core.chat.adapter import EngineSource, sampling_params, shared_engine
+from pagedllm_core.config import EngineConfig
+from pagedllm_core.params import SamplingParams
+
+ENGINE_FIELDS = (
+    "revision", "trust_remote_code", "dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_memory",
+    "enable_prefix_caching",
+)  # fmt: skip
+SAMPLING_FIELDS = tuple(name for name in SamplingParams.model_fields if name not in {"logprobs", "guided"})
+
+
+class AdapterFields(BaseModel):
+    """What a framework's model class takes. A sampling field left at None takes the model's own default.
+
+    A subclass names it before its framework's base class.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+    aliases: ClassVar[Mapping[str, str]] = {"stop_sequences": "stop", "max_new_tokens": "max_tokens"}
+    """Other names that code written for other providers uses."""
+
+    model: str = Field("tiny", description='"tiny" (the bundled model), a local folder, or a Hugging Face repository.')
+
+    temperature: float | None = Field(None, description="0 is greedy.")
+    top_p: float | None = Field(None, description="Nucleus sampling.")
+    top_k: int | None = Field(None, description="Most likely tokens kept; 0 or -1: all.")
+    min_p: float | None = Field(None, description="Least probability relative to the most likely token.")
+    max_tokens: int | None = Field(None, description="Most tokens to generate; None: up to the context limit.")
+    min_tokens: int | None = Field(None, description="No end and no stop before this many tokens.")
+    stop: list[str] | str | None = Field(None, description="Strings that end generation.")
+    stop_token_ids: list[int] | None = Field(None, description="Token ids that end generation.")
+    ignore_eos: bool | None = Field(None, description="Go on after the model's end tokens.")
+    seed: int | None = Field(None, description="Same request and seed: same tokens.")
+    n: int = Field(1, description="Replies per call.")
+    best_of: int | None = Field(None, description="Replies to generate; the best `n` come back.")
+    use_beam_search: bool | None = Field(None, description="Beam search instead of sampling.")
+    length_penalty: float | None = Field(None, description="Beams: exponent of the length in the score.")
+    repetition_penalty: float | None = Field(None, description="Over prompt and output; 1.0 is off.")
+    presence_penalty: float | None = Field(None, description="Subtracted once for each token of the output.")
+    frequency_penalty: float | None = Field(None, description="Subtracted for each occurrence in the output.")
+    logit_bias: dict[int, float] | None = Field(None, description="Added to the logits of these token ids.")
+    logprobs: bool | None = Field(None, description="Return log-probabilities of the generated tokens.")
+    top_logprobs: int | None = Field(None, description="Return those of this many alternatives as well.")
+
+    chat_template: str | None = Field(None, description="A Jinja template, or a file of one, in place of the model's.")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further template variables.")
+    timeout: float | None = Field(None, description="Seconds until a call fails and its memory is freed.")
+
+    engine: Any = Field(None, exclude=True, repr=False, description="An `AsyncEngine` to use instead of a shared one.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the model.")
+    trust_remote_code: bool | None = Field(None, description="Allow code in the model's folder to run.")
+    dtype: str | None = Field(None, description='Weights\' type: "auto", "float32", "bfloat16", "float16".')
+    device: str | None = Field(None, description='"auto", "cpu", "cuda", "cuda:1", "mps".')
+    max_model_len: int | None = Field(None, description="Context limit in tokens.")
+    max_num_seqs: int | None = Field(None, description="Most sequences in one step.")
+    kv_cache_memory: int | str | None = Field(None, description='Bytes of the KV pool, or e.g. "2GiB".')
+    enable_prefix_caching: bool | None = Field(None, description="Reuse equal prefixes across calls.")
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further fields of `EngineConfig`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = cls._by_own_names(values)
+        known = set(cls.model_fields) | {field.alias for field in cls.model_fields.values()}
+        if unknown := sorted(set(values) - known - {"class_name"}):
+            warnings.warn(
+                f"{cls.__name__}: unknown field {', '.join(unknown)} is ignored; further engine fields go into "
+                "engine_kwargs",
+                stacklevel=2,
+            )
+        return values
+
+    @classmethod
+    def _by_own_names(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {cls.aliases.get(name, name): value for name, value in given.items()}
+
+    def engine_config(self, model: str | None = None) -> EngineConfig:
+        """The configuration of the engine that serves this model (or `model` instead of it).
+
+        Raises:
+            InvalidRequestError: A field cannot be served.
+        """
+        fields = {name: value for name in ENGINE_FIELDS if (value := getattr(self, name)) is not None}
+        return EngineConfig(**{**self.engine_kwargs, **fields, "model": model or self.model})
+
+    def _source(self, model: str | None = None) -> EngineSource:
+        if self.engine is not None and model in (None, self.model):
+            return EngineSource(self.engine.config, self.engine)
+        return shared_engine(self.engine_config(model), self._hub_token())
+
+    def _hub_token(self) -> str | None:
+        return None
+
+    def _sampling(self, given: Mapping[str, Any]) -> SamplingParams:
+        """The fields' values, and over them what one call gives."""
+        fields = {name: getattr(self, name) for name in SAMPLING_FIELDS if hasattr(self, name)}
+        fields.update({name: given[name] for name in SAMPLING_FIELDS if name in given})
+        wanted = {name: given.get(name, getattr(self, name)) for name in ("logprobs", "top_logprobs")}
+        if wanted["logprobs"] or wanted["top_logprobs"]:
+            fields["logprobs"] = wanted["top_logprobs"] or 0
+        return sampling_params(fields)
+
+    def _warn_unknown_arguments(self, given: Mapping[str, Any], further: Collection[str]) -> None:
+        known = {*SAMPLING_FIELDS, *further, "model", "timeout", "logprobs", "top_logprobs"}
+        if unknown := sorted(set(given) - known):
+            warnings.warn(f"{type(self).__name__}: unknown argument {', '.join(unknown)} is ignored", stacklevel=4)
+
+    def _identity(self) -> dict[str, Any]:
+        """Every field that has a bearing on the output."""
+        own = ("model", "logprobs", "top_logprobs", "chat_template", "chat_template_kwargs", "engine_kwargs")
+        names = (*own, *ENGINE_FIELDS, *SAMPLING_FIELDS)
+        return {name: value for name in names if (value := getattr(self, name, None)) is not None}
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Pickles carry the configuration, of an injected engine too."""
+        update: dict[str, Any] = {}
+        if self.engine is not None:
+            config = self.engine.config.model_dump()
+            update = {**dict.fromkeys(ENGINE_FIELDS), "engine": None, "model": config.pop("model")}
+            update["engine_kwargs"] = config
+        # Of a copy: a framework's base class may take things out of the very dictionary it is asked for.
+        state: dict[Any, Any] = super(AdapterFields, self.model_copy(update=update)).__getstate__()
+        return state
