@@ -31,6 +31,8 @@ def build_output(request: Request) -> RequestOutput:
 
 def _returned(request: Request) -> list[Sequence]:
     """The sequences the caller gets, in order; of `best_of` the most likely `n`."""
+    if request.beams is not None:
+        return request.sequences
     if request.width == request.params.n:
         return sorted(request.sequences, key=lambda sequence: sequence.index)
     ranked = sorted(request.sequences, key=lambda sequence: -sequence.cumulative_logprob)
@@ -44,11 +46,12 @@ def _delta(sequence: Sequence, request: Request, index: int) -> CompletionOutput
     start = sequence.num_delivered
     sequence.num_delivered = sequence.num_generated
     scored = request.params.logprobs is not None
+    ranked = scored or request.beams is not None or request.width > request.params.n
     return CompletionOutput(
         index=index,
         text=sequence.detokenizer.take(sequence.finished) if sequence.detokenizer else "",
         token_ids=sequence.token_ids[sequence.prompt_length + start :],
-        cumulative_logprob=sequence.cumulative_logprob if scored or request.width > request.params.n else None,
+        cumulative_logprob=sequence.cumulative_logprob if ranked else None,
         logprobs=sequence.logprobs[start:] if scored else None,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,

@@ -5,6 +5,12 @@ has a built-in error of the same meaning, ours derives from that too, so that `e
 """
 
 
+NO_TOKEN = (
+    "no token could be chosen: the logits hold NaN or infinity, or allowed_token_ids, bad_words, min_tokens, "
+    "logit_bias and logits_processors together exclude every token"
+)
+
+
 class PagedLLMError(Exception):
     """Root of every error PagedLLM raises on purpose."""
 

@@ -16,13 +16,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pagedllm_core.config import EngineConfig
+from pagedllm_core.decode.beam import BeamRule, BeamState
 from pagedllm_core.decode.detokenize import Decode
 from pagedllm_core.decode.processors import LogitsRules
 from pagedllm_core.errors import CapacityError, ContextLengthError, InvalidRequestError
 from pagedllm_core.kv.hashing import root_hash
 from pagedllm_core.model.interface import Runner
 from pagedllm_core.params import GREEDY_COPIES, Sampling, SamplingParams
-from pagedllm_core.request import Request
+from pagedllm_core.request import Request, Sequence
 
 Prompt: TypeAlias = str | list[int] | Mapping[str, Any]
 
@@ -76,10 +77,11 @@ class Intake:
         self._check_prompt(token_ids, params)
         number = next(self._numbers)
         sampling = Sampling.resolve(params, self._runner.generation_defaults, _default_seed(self._config.seed, number))
-        if sampling.temperature == 0 and params.width > 1:
+        if sampling.temperature == 0 and params.width > 1 and not params.use_beam_search:
             raise InvalidRequestError(f"n={params.n}, best_of={params.best_of}: {GREEDY_COPIES}")
         room = self._runner.max_model_len - len(token_ids)
         limit = max(1, room if params.max_tokens is None else min(params.max_tokens, room))
+        rules = self._rules(params, sampling)
         private = None if self._config.enable_prefix_caching else f"request {number}"
         return Request(
             request_id=_checked_id(request_id),
@@ -87,7 +89,7 @@ class Intake:
             prompt_token_ids=token_ids,
             params=params,
             sampling=sampling,
-            rules=self._rules(params, sampling),
+            rules=rules,
             decode=self._decoder(params.skip_special_tokens),
             root_hash=root_hash(self._runner.model_name, params.cache_salt, private),
             max_tokens=limit,
@@ -95,7 +97,8 @@ class Intake:
             deadline=None if timeout is None else arrival_time + _checked_timeout(timeout),
             priority=priority,
             share_key=share_key,
-            stream=stream and params.width == params.n,
+            stream=stream and params.width == params.n and not params.use_beam_search,
+            beams=_beam_state(params, len(set(rules.end_token_ids)), limit) if params.use_beam_search else None,
             prompt_logprobs=None if params.prompt_logprobs is None else [],
         )
 
@@ -143,8 +146,9 @@ class Intake:
 
     def _check_params(self, params: SamplingParams) -> None:
         config = self._config
-        _check_cap("n", params.n, "max_n", config.max_n)
-        _check_cap("best_of", params.best_of or 1, "max_n", config.max_n)
+        cap_name, cap = ("max_beam_width", config.max_beam_width) if params.use_beam_search else ("max_n", config.max_n)
+        _check_cap("n", params.n, cap_name, cap)
+        _check_cap("best_of", params.best_of or 1, cap_name, cap)
         _check_cap("n" if params.best_of is None else "best_of", params.width, "max_num_seqs", config.max_num_seqs)
         _check_cap("logprobs", params.logprobs or 0, "max_logprobs", config.max_logprobs)
         _check_cap("prompt_logprobs", params.prompt_logprobs or 0, "max_logprobs", config.max_logprobs)
@@ -225,6 +229,10 @@ def _checked_timeout(timeout: float) -> float:
 def _check_cap(field: str, value: int, cap_name: str, cap: int) -> None:
     if value > cap:
         raise InvalidRequestError(f"{field}={value}: exceeds {cap_name}={cap} of the engine's configuration")
+
+
+def _beam_state(params: SamplingParams, num_end_tokens: int, max_tokens: int) -> BeamState[Sequence]:
+    return BeamState(BeamRule(params.width, params.length_penalty, params.early_stopping, num_end_tokens, max_tokens))
 
 
 def _default_seed(engine_seed: int, number: int) -> int:

@@ -104,11 +104,7 @@ class LLM:
     def beam_search(
         self, prompts: Prompt | list[Prompt], sampling_params: SamplingParams | None = None, *, use_tqdm: bool = True
     ) -> list[RequestOutput]:
-        """`generate` with `use_beam_search=True`.
-
-        Raises:
-            InvalidRequestError: Beam search is not supported yet.
-        """
+        """`generate` with `use_beam_search=True`: the best `n` sequences of each prompt, best first."""
         given = {} if sampling_params is None else sampling_params.model_dump(exclude_unset=True)
         return self.generate(prompts, SamplingParams(**{**given, "use_beam_search": True}), use_tqdm=use_tqdm)
 

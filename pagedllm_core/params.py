@@ -131,10 +131,18 @@ class SamplingParams(ValidatedModel):
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens}: must not exceed max_tokens={self.max_tokens}")
         if self.use_beam_search:
-            raise ValueError("use_beam_search=True: not supported yet; leave use_beam_search at its default")
+            self._check_beams()
         if self.guided is not None:
             raise ValueError("guided: not supported yet; leave guided at its default")
         return self
+
+    def _check_beams(self) -> None:
+        """Beams are deterministic, so what only sampling knows is refused by name."""
+        if self.temperature not in (None, 0, 1):
+            raise ValueError(f"temperature={self.temperature}: beam search does not sample; leave it out, or use 0 or 1")
+        for name in ("top_p", "top_k", "min_p", "seed"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}={getattr(self, name)}: beam search does not sample; leave {name} out")
 
     @property
     def width(self) -> int:
@@ -169,6 +177,8 @@ class Sampling:
                 given = defaults.get(name)
             return neutral if given is None else given
 
+        if params.use_beam_search:
+            defaults = {}  # sampling defaults of a model say nothing about beams
         temperature = pick("temperature", 1.0)
         if params.temperature is None and defaults.get("do_sample") is False:
             temperature = 0.0

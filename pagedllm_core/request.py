@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from pagedllm_core.decode.beam import BeamState
 from pagedllm_core.decode.detokenize import Decode, Detokenizer
 from pagedllm_core.decode.processors import LogitsRules
 from pagedllm_core.kv.hashing import chain_hash
@@ -80,13 +81,22 @@ class Sequence:
 
     def fork(self, index: int) -> Sequence:
         """A sequence with the same past, over the same blocks."""
-        child = Sequence(index, self.token_ids.copy(), self.prompt_length, self.table.fork(), self._hashes[0])
+        child = self._copy(index, self.table.fork())
         child.num_computed = self.num_computed
-        child.cumulative_logprob = self.cumulative_logprob
-        child.logprobs = self.logprobs.copy()
-        child.num_delivered = self.num_delivered
         child._hashes = self._hashes.copy()
         return child
+
+    def detach(self) -> Sequence:
+        """A sequence with the same past and no blocks: what a finished beam keeps."""
+        return self._copy(self.index, self.table.empty())
+
+    def _copy(self, index: int, table: BlockTable) -> Sequence:
+        other = Sequence(index, self.token_ids.copy(), self.prompt_length, table, self._hashes[0])
+        other.cumulative_logprob = self.cumulative_logprob
+        other.logprobs = self.logprobs.copy()
+        other.num_delivered = self.num_delivered
+        other.detokenizer = None if self.detokenizer is None else self.detokenizer.copy()
+        return other
 
     def rewind(self) -> None:
         """Give all blocks back; the tokens stay, their keys and values are recomputed later."""
@@ -118,6 +128,7 @@ class Request:
         state: Where it is in its life.
         started: True once it has taken part in a step.
         prompt_logprobs: Filled while the prompt is computed, where asked for.
+        beams: The state of its beam search, or None where it samples.
         metrics: Times and counts.
     """
 
@@ -140,6 +151,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     started: bool = False
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    beams: BeamState[Sequence] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     @property
@@ -154,10 +166,12 @@ class Request:
 
     @property
     def forked(self) -> bool:
-        """True once the prompt's sequence has become `width` of them."""
+        """True once the prompt's sequence has become `width` of them (of beams there may be fewer)."""
+        if self.beams is not None:
+            return self.sequences[0].num_generated > 0
         return len(self.sequences) == self.width
 
     @property
     def seats(self) -> int:
         """Sequences it takes, or will take, in a step."""
-        return len(self.active) if self.forked else self.width
+        return len(self.active) if self.forked and self.beams is None else self.width

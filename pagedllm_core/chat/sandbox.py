@@ -22,7 +22,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 500_000
 """Loop turns and calls in one rendering."""
 MAX_CHARACTERS = 16_000_000
 """Characters written in one rendering, and the length of any text or list made in it."""

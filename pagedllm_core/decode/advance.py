@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 
 from pagedllm_core.batch import ScheduledBatch, wants_prompt_logprobs
-from pagedllm_core.decode.detokenize import Detokenizer
+from pagedllm_core.decode.beam_step import advance_beams, conclude_early
+from pagedllm_core.decode.finish import finish_sequence, take_token
 from pagedllm_core.decode.logprobs import ScoredTokens, score_tokens
 from pagedllm_core.decode.sample import Draw, sample
-from pagedllm_core.errors import PagedLLMError, RequestFailedError
+from pagedllm_core.errors import NO_TOKEN, PagedLLMError, RequestFailedError
 from pagedllm_core.request import Request, Sequence
 
 Failures = dict[Request, PagedLLMError]
@@ -37,12 +38,17 @@ def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
         The requests that failed on their own (a caller's processor raised, no token was possible), with the reason.
     """
     failures: Failures = {}
-    choices = _collect(batch, logits, failures)
+    choices, beams = _collect(batch, logits, failures)
+    for request, rows in beams.items():
+        try:
+            if request.beams is not None:
+                advance_beams(request, request.beams, logits[rows])
+        except Exception as error:
+            failures[request] = _failed(request, error)
     if not choices:
         return failures
-    rows = torch.tensor([choice.row for choice in choices], device=logits.device)
-    in_order = [choice.row for choice in choices] == list(range(len(logits)))
-    raw = logits if in_order else logits[rows]
+    chosen = [choice.row for choice in choices]
+    raw = logits if chosen == list(range(len(logits))) else logits[chosen]
     tokens = _choose(choices, raw, failures)
     scored = score_tokens(raw, tokens, [_num_logprobs(choice.request) for choice in choices])
     for position, (choice, token) in enumerate(zip(choices, tokens.tolist(), strict=True)):
@@ -55,9 +61,15 @@ def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
     return failures
 
 
-def _collect(batch: ScheduledBatch, logits: torch.Tensor, failures: Failures) -> list[Choice]:
-    """Which rows choose tokens; scores prompts on the way. Mirrors the order of `ScheduledBatch.to_forward`."""
+def _collect(
+    batch: ScheduledBatch, logits: torch.Tensor, failures: Failures
+) -> tuple[list[Choice], dict[Request, list[int]]]:
+    """Which rows choose tokens, and which belong to which beam search; scores prompts on the way.
+
+    Mirrors the order of `ScheduledBatch.to_forward`.
+    """
     choices: list[Choice] = []
+    beams: dict[Request, list[int]] = {}
     first = 0
     for request, sequence, start, end, samples in batch.rows:
         count = 1 if samples else 0
@@ -67,12 +79,15 @@ def _collect(batch: ScheduledBatch, logits: torch.Tensor, failures: Failures) ->
                 _score_prompt(request, start, logits[first : first + count])
             except Exception as error:
                 failures[request] = _failed(request, error)
-        if samples and request not in failures:
+        if samples and request.beams is not None:
+            beams.setdefault(request, []).append(first + count - 1)
+        elif samples and request not in failures:
             indices = [sequence.index] if request.forked else range(request.width)
             choices.extend(Choice(request, sequence, index, first + count - 1) for index in indices)
         first += count
     # Forks share their parent's blocks: all of them are made before the parent writes on or is released.
-    return sorted(choices, key=lambda choice: choice.child == choice.sequence.index)
+    choices.sort(key=lambda choice: choice.child == choice.sequence.index)
+    return choices, {request: rows for request, rows in beams.items() if request not in failures}
 
 
 def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> torch.Tensor:
@@ -89,16 +104,10 @@ def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> tor
     possible = logits.amax(dim=-1).isfinite()
     if not bool(possible.all()):
         for row in (~possible).nonzero().flatten().tolist():
-            failures.setdefault(choices[row].request, RequestFailedError(_NO_TOKEN))
+            failures.setdefault(choices[row].request, RequestFailedError(NO_TOKEN))
         logits = torch.where(possible[:, None], logits, 0.0)
     draws = [Draw(choice.request.sampling, choice.child, choice.sequence.num_tokens) for choice in choices]
     return sample(logits, draws)
-
-
-_NO_TOKEN = (
-    "no token could be chosen: the logits hold NaN or infinity, or allowed_token_ids, bad_words, min_tokens, "
-    "logit_bias and logits_processors together exclude every token"
-)
 
 
 def _child(choice: Choice) -> Sequence:
@@ -112,57 +121,21 @@ def _child(choice: Choice) -> Sequence:
 
 
 def _append(sequence: Sequence, request: Request, token: int, scored: ScoredTokens | None, position: int) -> None:
-    """Add one chosen token, and finish the sequence where that was its last."""
-    sequence.token_ids.append(token)
-    params = request.params
+    """Score one chosen token where that is wanted, and add it."""
     if scored is not None and _num_logprobs(request) is not None:
         sequence.cumulative_logprob += scored.chosen[position]
-        if params.logprobs is not None:
-            sequence.logprobs.append(scored.entry(position, params.logprobs, request.decode))
-    generated = sequence.num_generated
-    may_stop = generated >= params.min_tokens  # end tokens are masked before; stop strings may still turn up
-    if may_stop and token in request.rules.eos_token_ids:
-        return _finish(sequence, request, "stop", ended_by_token=True)
-    if may_stop and token in params.stop_token_ids:
-        sequence.stop_reason = token
-        return _finish(sequence, request, "stop", ended_by_token=True)
-    if request.decode is not None and (request.stream or params.stop):
-        stop = _detokenizer(sequence, request).append([token], check_stop=may_stop)
-        if stop is not None:
-            sequence.stop_reason = stop
-            sequence.finish_reason = "stop"
-            return None
-    if generated >= request.max_tokens:
-        return _finish(sequence, request, "length")
-    return None
-
-
-def _finish(sequence: Sequence, request: Request, reason: str, ended_by_token: bool = False) -> None:
-    """Set the finish reason and complete the text; the token that ended generation is no part of it."""
-    sequence.finish_reason = reason
-    if request.decode is None:
-        return
-    hidden = 1 if ended_by_token and not request.params.include_stop_str_in_output else 0
-    detokenizer = _detokenizer(sequence, request)
-    tokens = sequence.token_ids[sequence.prompt_length : sequence.num_tokens - hidden]
-    detokenizer.append(tokens[detokenizer.num_tokens :], check_stop=False)
-    detokenizer.finish()
+        if request.params.logprobs is not None:
+            sequence.logprobs.append(scored.entry(position, request.params.logprobs, request.decode))
+    take_token(sequence, request, token)
 
 
 def finish_early(request: Request, reason: str) -> None:
     """End every sequence that still generates, with the text it has."""
+    if request.beams is not None:
+        conclude_early(request, request.beams, reason)
+        return
     for sequence in request.active:
-        _finish(sequence, request, reason)
-
-
-def _detokenizer(sequence: Sequence, request: Request) -> Detokenizer:
-    if sequence.detokenizer is None:
-        if request.decode is None:
-            raise RuntimeError("a request without a tokenizer has no text")
-        params = request.params
-        prompt = request.prompt_token_ids
-        sequence.detokenizer = Detokenizer(request.decode, prompt, params.stop, params.include_stop_str_in_output)
-    return sequence.detokenizer
+        finish_sequence(sequence, request, reason)
 
 
 def _score_prompt(request: Request, start: int, logits: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
@@ -48,6 +49,12 @@ class Detokenizer:
         self._delivered = 0
         self.num_tokens = 0
         self.text = ""
+
+    def copy(self) -> Detokenizer:
+        """A detokenizer in the same state, for a fork of the sequence."""
+        other = copy.copy(self)
+        other._ids = self._ids.copy()
+        return other
 
     def append(self, token_ids: Sequence[int], check_stop: bool = True) -> str | None:
         """Add tokens; returns the stop string that the text now ends in (the text is cut there), or None.

@@ -95,6 +95,10 @@ class BlockTable:
             self._pool.share(block)
         return other
 
+    def empty(self) -> BlockTable:
+        """A table of the same pool without blocks."""
+        return BlockTable(self._pool, self.block_size)
+
     def release(self) -> None:
         """Give every block back, the last first, so that tails are evicted before heads."""
         blocks = self.ids.tolist()

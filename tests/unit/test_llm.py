@@ -120,9 +120,16 @@ def test_progress_is_shown(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None
     assert "tokens/s" in shown
 
 
-def test_beams_are_refused_until_they_exist(llm: LLM) -> None:
-    with pytest.raises(InvalidRequestError, match="use_beam_search"):
-        llm.beam_search("Hi", use_tqdm=False)
+def test_beam_search_equals_transformers(llm: LLM) -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    outputs = llm.beam_search(PROMPTS, SamplingParams(n=3, max_tokens=10), use_tqdm=False)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        ids = torch.tensor([llm.get_tokenizer()(prompt)["input_ids"]])
+        config = {"max_new_tokens": 10, "num_beams": 3, "num_return_sequences": 3, "do_sample": False}
+        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), **config)[:, ids.shape[1] :].tolist()
+        for found, one in zip(output.outputs, wanted, strict=True):
+            assert found.token_ids == one[: len(found.token_ids)]
+            assert len(found.token_ids) == 10 or found.finish_reason == "stop"
 
 
 def test_a_closed_model_says_so() -> None:
