@@ -70,7 +70,7 @@ class Detokenizer:
         open_end = min(len(new) - len(new.rstrip(REPLACEMENT)), LONGEST_CHARACTER)
         stable = new[: len(new) - open_end]
         self._extend(stable)
-        if len(stable) == len(new):
+        if new and len(stable) == len(new):  # tokens without text make no context: some decoders strip a first space
             self._move_window()
         return self._find_stop(check_stop)
 

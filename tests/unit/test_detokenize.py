@@ -105,6 +105,24 @@ def test_ids_without_a_token_decode_to_nothing(byte_tokenizer: Tokenizer) -> Non
     assert "".join(out) == final == "abc"
 
 
+def test_a_space_after_a_skipped_token_is_kept() -> None:
+    """SentencePiece-like decoders strip the first space of what they decode."""
+    words = ["<s>", "\u2581Hello", "\u2581world", "<0xC3>", "<0xA9>", "<x>"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<x>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>", "<x>"])
+    ids = [1, 5, 2, 3, 4, 5, 5, 1, 2]
+    detokenizer = Detokenizer(tokenizer.decode, [1, 2])
+    out = ""
+    for token in ids:
+        detokenizer.append([token])
+        out += detokenizer.take(finished=False)
+    detokenizer.finish()
+    assert out + detokenizer.take(finished=True) == detokenizer.text == " Hello world\u00e9 Hello world"
+
+
 def test_many_tokens_at_once_equal_one_by_one(byte_tokenizer: Tokenizer) -> None:
     generator = random.Random(0)
     ids = byte_tokenizer.encode("".join(TEXTS) * 3).ids
