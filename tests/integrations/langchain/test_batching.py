@@ -17,6 +17,7 @@ from pagedllm_core.errors import InvalidRequestError
 
 pytestmark = pytest.mark.usefixtures("fresh_engines")
 LONG = {"max_tokens": 128, "min_tokens": 128}
+SHORT = {"max_tokens": 24, "min_tokens": 24}
 
 
 def largest_batch() -> int:
@@ -99,22 +100,22 @@ def batch_as_completed(chat, runs):
 def generate(chat, runs):
     result = chat.generate([[HumanMessage(question)] for question in questions(24)], callbacks=[runs])
     assert [run.run_id for run in result.run]
-    assert result.llm_output["token_usage"]["completion_tokens"] == 24 * 128
+    assert result.llm_output["token_usage"]["completion_tokens"] == 24 * 24
     return [generation.message for (generation,) in result.generations]
 
 
 @pytest.mark.parametrize("door", [batch, batch_as_completed, generate])
 def test_blocking_doors_send_everything_at_once(door):
     runs = Runs()
-    replies = door(ChatPagedLLM(model="tiny", **LONG), runs)
-    assert [reply.usage_metadata["output_tokens"] for reply in replies] == [128] * 24
+    replies = door(ChatPagedLLM(model="tiny", **SHORT), runs)
+    assert [reply.usage_metadata["output_tokens"] for reply in replies] == [24] * 24
     assert largest_batch() == 24
     assert len(set(runs.started)) == 24
     assert sorted(runs.started) == sorted(runs.ended)
 
 
 def test_a_chain_s_batch_sends_everything_at_once():
-    chat = ChatPagedLLM(model="tiny", **LONG)
+    chat = ChatPagedLLM(model="tiny", **SHORT)
     prompt = ChatPromptTemplate.from_messages([("human", "{question}")])
     texts = (prompt | chat | StrOutputParser()).batch([{"question": question} for question in questions(24)])
     assert len(texts) == 24
@@ -122,13 +123,13 @@ def test_a_chain_s_batch_sends_everything_at_once():
 
 
 async def test_abatch_sends_everything_at_once():
-    replies = await ChatPagedLLM(model="tiny", **LONG).abatch(questions(24))
+    replies = await ChatPagedLLM(model="tiny", **SHORT).abatch(questions(24))
     assert len(replies) == 24
     assert largest_batch() == 24
 
 
 def test_raw_completion_sends_everything_at_once():
-    texts = PagedLLM(model="tiny", **LONG).batch(questions(24))
+    texts = PagedLLM(model="tiny", **SHORT).batch(questions(24))
     assert len(texts) == 24
     assert largest_batch() == 24
 
@@ -141,9 +142,9 @@ def test_max_concurrency_is_respected():
 
 def test_replies_of_a_batch_are_those_of_single_calls():
     # In float32: bfloat16 rounds differently in batches of different sizes.
-    chat = ChatPagedLLM(model="tiny", max_tokens=24, temperature=0, dtype="float32")
-    texts = [reply.content for reply in chat.batch(questions(12))]
-    assert texts == [chat.invoke(question).content for question in questions(12)]
+    chat = ChatPagedLLM(model="tiny", max_tokens=16, temperature=0, dtype="float32")
+    texts = [reply.content for reply in chat.batch(questions(8))]
+    assert texts == [chat.invoke(question).content for question in questions(8)]
 
 
 def test_errors_of_a_batch():

@@ -88,7 +88,7 @@ def test_making_one_loads_nothing_and_metadata_is_the_model_s():
 
 @pytest.mark.usefixtures("fresh_engines")
 async def test_it_shares_one_engine_and_one_batch_with_langchain():
-    length = {"max_tokens": 64, "min_tokens": 64}
+    length = {"max_tokens": 32, "min_tokens": 32}
     llm, chat = PagedLLM(model="tiny", **length), ChatPagedLLM(model="tiny", **length)
     await asyncio.gather(*(llm.achat(CHAT) for _ in range(8)), *(chat.ainvoke(QUESTION) for _ in range(8)))
     (engine,) = list_engines()
@@ -97,7 +97,7 @@ async def test_it_shares_one_engine_and_one_batch_with_langchain():
 
 @pytest.mark.usefixtures("fresh_engines")
 async def test_concurrent_calls_of_every_kind_are_one_batch():
-    llm = PagedLLM(model="tiny", max_tokens=64, min_tokens=64)
+    llm = PagedLLM(model="tiny", max_tokens=32, min_tokens=32)
     await asyncio.gather(
         *(llm.acomplete(QUESTION) for _ in range(8)),
         *(last_of(llm.astream_chat(CHAT)) for _ in range(8)),
