@@ -116,7 +116,9 @@ def main() -> None:
         f"transformers {transformers.__version__}, pagedllm-core {pagedllm_core.__version__}, "
         f"{torch.get_num_threads()} threads, {arguments.repeats} interleaved repeats, medians.\n"
     )
-    text = "\n".join([head, *(table(measure(arguments.repeats, dtype), dtype) + "\n" for dtype in ("float32", "bfloat16"))])
+    text = "\n".join(
+        [head, *(table(measure(arguments.repeats, dtype), dtype) + "\n" for dtype in ("float32", "bfloat16"))]
+    )
     print(text)
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")

@@ -4,7 +4,6 @@ Each message names the field, the value it had, and what to do about it. All der
 has a built-in error of the same meaning, ours derives from that too, so that `except ValueError` keeps working.
 """
 
-
 NO_TOKEN = (
     "no token could be chosen: the logits hold NaN or infinity, or allowed_token_ids, bad_words, min_tokens, "
     "logit_bias and logits_processors together exclude every token"

@@ -163,7 +163,7 @@ def _as_batch(prompts: Prompt | list[Prompt]) -> list[Prompt]:
     if not isinstance(prompts, list):
         raise InvalidRequestError(f"prompts={prompts!r:.80}: must be a prompt or a list of prompts")
     if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
+        return [prompts]
     return prompts  # type: ignore[return-value]
 
 

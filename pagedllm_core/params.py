@@ -139,7 +139,9 @@ class SamplingParams(ValidatedModel):
     def _check_beams(self) -> None:
         """Beams are deterministic, so what only sampling knows is refused by name."""
         if self.temperature not in (None, 0, 1):
-            raise ValueError(f"temperature={self.temperature}: beam search does not sample; leave it out, or use 0 or 1")
+            raise ValueError(
+                f"temperature={self.temperature}: beam search does not sample; leave it out, or use 0 or 1"
+            )
         for name in ("top_p", "top_k", "min_p", "seed"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}={getattr(self, name)}: beam search does not sample; leave {name} out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -57,6 +58,7 @@ class Mailbox:
         self._read = 0
         self._error: PagedLLMError | None = None
         self._waiters: list[Waiter] = []
+        self._loop: asyncio.AbstractEventLoop | None = None  # of whoever waited last, None for a thread
         self._callbacks: list[Callable[[], None]] = []
         self.finished = False
 
@@ -97,6 +99,7 @@ class Mailbox:
     def wait(self, whole: bool, timeout: float | None = None) -> bool:
         """Block until there is news (or, with `whole`, the end); False when the time is over."""
         with self._condition:
+            self._loop = None
             return self._condition.wait_for(lambda: self._has_news(whole), timeout)
 
     async def wait_async(self, whole: bool) -> None:
@@ -107,8 +110,14 @@ class Mailbox:
                 if self._has_news(whole):
                     return
                 future: asyncio.Future[None] = loop.create_future()
+                self._loop = loop
                 self._waiters.append((loop, future))
             await future
+
+    @property
+    def abandoned(self) -> bool:
+        """True where whoever waited last did so on an event loop that is closed by now."""
+        return self._loop is not None and self._loop.is_closed()
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the engine's thread at the end, or at once if that has been."""
@@ -122,18 +131,14 @@ class Mailbox:
         return self.finished or (not whole and self._read < len(self._deltas))
 
 
-def wake(waiters: Iterable[Waiter]) -> list[Waiter]:
-    """Wake futures with one call per event loop; returns those whose loop is closed."""
+def wake(waiters: Iterable[Waiter]) -> None:
+    """Wake futures with one call per event loop; a loop that is closed has nobody to wake."""
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for loop, future in waiters:
         loops.setdefault(loop, []).append(future)
-    closed: list[Waiter] = []
     for loop, futures in loops.items():
-        try:
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(_set_all, futures)
-        except RuntimeError:
-            closed.extend((loop, future) for future in futures)
-    return closed
 
 
 def _set_all(futures: list[asyncio.Future[None]]) -> None:

@@ -105,6 +105,7 @@ class EngineWorker:
                 self._drain(block=not self.core.has_unfinished)
                 if self.core.has_unfinished and not self._stopping:
                     self._deliver(self.core.step())
+                    self._abort_abandoned()
             self.error = EngineClosedError("the engine was closed; make a new one (get_engine does so by itself)")
         except BaseException as error:
             logger.exception("the engine's thread died")
@@ -142,6 +143,11 @@ class EngineWorker:
 
     def _abort(self, request_id: str) -> None:
         self.core.abort(request_id)
+
+    def _abort_abandoned(self) -> None:
+        """End requests that were awaited on an event loop which has been closed since."""
+        for request_id in [name for name, mailbox in self._mailboxes.copy().items() if mailbox.abandoned]:
+            self.core.abort(request_id)
 
     def _stop(self) -> None:
         self._stopping = True

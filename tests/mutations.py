@@ -32,30 +32,102 @@ class Mutation(NamedTuple):
 
 POOL, TABLE, SCHEDULER = "pagedllm_core/kv/pool.py", "pagedllm_core/kv/table.py", "pagedllm_core/scheduler.py"
 MUTATIONS = [
-    Mutation("a hit does not pin", POOL, "            self._ref[block] += 1\n        return block", "        return block"),
+    Mutation(
+        "a hit does not pin", POOL, "            self._ref[block] += 1\n        return block", "        return block"
+    ),
     Mutation("a reference is not dropped", POOL, "        self._ref[block] -= 1\n", "        self._ref[block] -= 0\n"),
-    Mutation("evicted blocks can still be found", POOL, "            self._forget(block)\n        else:\n            raise", "        else:\n            raise"),
-    Mutation("most recently used goes first", POOL, "block, _ = self._cached.popitem(last=False)", "block, _ = self._cached.popitem()"),
-    Mutation("a failed step's blocks stay", POOL, "            self._forget(block, keep_pending=True)\n", "            pass\n"),
+    Mutation(
+        "evicted blocks can still be found",
+        POOL,
+        "            self._forget(block)\n        else:\n            raise",
+        "        else:\n            raise",
+    ),
+    Mutation(
+        "most recently used goes first",
+        POOL,
+        "block, _ = self._cached.popitem(last=False)",
+        "block, _ = self._cached.popitem()",
+    ),
+    Mutation(
+        "a failed step's blocks stay",
+        POOL,
+        "            self._forget(block, keep_pending=True)\n",
+        "            pass\n",
+    ),
     Mutation("blocks stay although caching is off", POOL, "if indexed and self._retain and", "if indexed and"),
-    Mutation("sealed blocks are writable", POOL, "return self._ref[block] == 1 and self._hash[block] is None", "return self._ref[block] >= 1"),
-    Mutation("no copy on write", TABLE, "        if source is not None:\n            index", "        if source is None and False:\n            index"),
+    Mutation(
+        "sealed blocks are writable",
+        POOL,
+        "return self._ref[block] == 1 and self._hash[block] is None",
+        "return self._ref[block] >= 1",
+    ),
+    Mutation(
+        "no copy on write",
+        TABLE,
+        "        if source is not None:\n            index",
+        "        if source is None and False:\n            index",
+    ),
     Mutation("a copied block keeps its reader", TABLE, "            self._pool.release(source)\n", ""),
     Mutation("a fork takes no reference", TABLE, "            self._pool.share(block)\n", "            pass\n"),
     Mutation("heads are evicted before tails", TABLE, "for block in reversed(blocks):", "for block in blocks:"),
-    Mutation("a hit covers the last token", SCHEDULER, "last = (min(target, sequence.num_tokens - 1)) // size", "last = sequence.num_tokens // size"),
+    Mutation(
+        "a hit covers the last token",
+        SCHEDULER,
+        "last = (min(target, sequence.num_tokens - 1)) // size",
+        "last = sequence.num_tokens // size",
+    ),
     Mutation("sealed one block too early", SCHEDULER, "end // self.block_size):", "-(-end // self.block_size)):"),
     Mutation("the oldest is preempted", SCHEDULER, "self.preempt(self.running[-1])", "self.preempt(self.running[0])"),
-    Mutation("copies are not counted", SCHEDULER, "return needed + sum(min(count, self.pool.ref(block) - 1) for block, count in writers.items())", "return needed"),
-    Mutation("resuming forks lose a token", SCHEDULER, "held_back = 1 if len(active) > 1 else 0", "held_back = 2 if len(active) > 1 else 0"),
+    Mutation(
+        "copies are not counted",
+        SCHEDULER,
+        "return needed + sum(min(count, self.pool.ref(block) - 1) for block, count in writers.items())",
+        "return needed",
+    ),
+    Mutation(
+        "resuming forks lose a token",
+        SCHEDULER,
+        "held_back = 1 if len(active) > 1 else 0",
+        "held_back = 2 if len(active) > 1 else 0",
+    ),
     Mutation("seats are not counted", SCHEDULER, "            seats -= request.seats\n", ""),
-    Mutation("a preempted request starts over", "pagedllm_core/request.py", "        self.table.release()\n        self.num_computed = 0", "        self.table.release()\n        del self.token_ids[self.prompt_length :]\n        self.num_computed = 0"),
+    Mutation(
+        "a preempted request starts over",
+        "pagedllm_core/request.py",
+        "        self.table.release()\n        self.num_computed = 0",
+        "        self.table.release()\n        del self.token_ids[self.prompt_length :]\n        self.num_computed = 0",
+    ),
     Mutation("the salt is ignored", "pagedllm_core/intake.py", "params.cache_salt, private)", "None, private)"),
-    Mutation("a draw depends on the batch slot", "pagedllm_core/decode/sample.py", "np.array([draw.index for draw in draws], dtype=np.uint64)", "np.arange(len(draws), dtype=np.uint64)"),
-    Mutation("the best of many are the worst", "pagedllm_core/delivery.py", "-sequence.cumulative_logprob", "sequence.cumulative_logprob"),
-    Mutation("a failed step takes everybody with it", "pagedllm_core/engine.py", "        if suspect is not None:\n            logger", "        for culprit in culprits:\n            self._fail(culprit, _as_failure(culprit, error))\n        if suspect is not None:\n            logger"),
-    Mutation("half a character is handed out", "pagedllm_core/decode/detokenize.py", "stable = new[: len(new) - open_end]", "stable = new"),
-    Mutation("stop strings are found too late", "pagedllm_core/decode/detokenize.py", "max(0, self._search_from + 1 - len(stop))", "self._search_from"),
+    Mutation(
+        "a draw depends on the batch slot",
+        "pagedllm_core/decode/sample.py",
+        "np.array([draw.index for draw in draws], dtype=np.uint64)",
+        "np.arange(len(draws), dtype=np.uint64)",
+    ),
+    Mutation(
+        "the best of many are the worst",
+        "pagedllm_core/delivery.py",
+        "-sequence.cumulative_logprob",
+        "sequence.cumulative_logprob",
+    ),
+    Mutation(
+        "a failed step takes everybody with it",
+        "pagedllm_core/engine.py",
+        "        if suspect is not None:\n            logger",
+        "        for culprit in culprits:\n            self._fail(culprit, _as_failure(culprit, error))\n        if suspect is not None:\n            logger",
+    ),
+    Mutation(
+        "half a character is handed out",
+        "pagedllm_core/decode/detokenize.py",
+        "stable = new[: len(new) - open_end]",
+        "stable = new",
+    ),
+    Mutation(
+        "stop strings are found too late",
+        "pagedllm_core/decode/detokenize.py",
+        "max(0, self._search_from + 1 - len(stop))",
+        "self._search_from",
+    ),
 ]
 
 
@@ -64,7 +136,9 @@ def survives(mutation: Mutation, folder: Path) -> bool:
     target = folder / mutation.path
     text = target.read_text(encoding="utf-8")
     if text.count(mutation.old) != 1:
-        raise ValueError(f"{mutation.name}: the text to replace occurs {text.count(mutation.old)} times in {mutation.path}")
+        raise ValueError(
+            f"{mutation.name}: the text to replace occurs {text.count(mutation.old)} times in {mutation.path}"
+        )
     target.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "60", *TESTS]

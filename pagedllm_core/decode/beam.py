@@ -55,7 +55,7 @@ class BeamRule:
 
     def finished_score(self, score: float, length: int) -> float:
         """The score of a hypothesis that ends after `length` generated tokens, the end token included."""
-        return score / length**self.length_penalty
+        return score / float(length**self.length_penalty)
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""KV memory: block ids, tables, content addresses, tensors."""

@@ -1,0 +1,1 @@
+"""Models: loading, the attention hook, the runner."""

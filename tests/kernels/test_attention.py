@@ -54,7 +54,9 @@ def make_step(
         table = [blocks.pop() for _ in range(needed[number])]
         tables[number, : len(table)] = table
         for p in range(past):
-            kv[:, :, table[p // block_size], p % block_size] = torch.randn(2, heads[1], width, generator=generator).to(dtype)
+            kv[:, :, table[p // block_size], p % block_size] = torch.randn(2, heads[1], width, generator=generator).to(
+                dtype
+            )
         positions += range(past, past + new)
         slots += [table[p // block_size] * block_size + p % block_size for p in range(past, past + new)]
     total = len(positions)
@@ -73,7 +75,9 @@ def make_step(
     return Step(batch, 2 * q, k, v, kv)
 
 
-def run(make: Callable[[torch.device, int], AttentionBackend], step: Step, spec: LayerSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    make: Callable[[torch.device, int], AttentionBackend], step: Step, spec: LayerSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and the cache afterwards."""
     kv = step.kv.clone()
     backend = make(CPU, kv.shape[3])
@@ -82,7 +86,9 @@ def run(make: Callable[[torch.device, int], AttentionBackend], step: Step, spec:
         return backend.forward(step.q, step.k, step.v, kv, spec, meta), kv
 
 
-def check(make: Callable[[torch.device, int], AttentionBackend], step: Step, spec: LayerSpec, tolerance: float = 2e-5) -> None:
+def check(
+    make: Callable[[torch.device, int], AttentionBackend], step: Step, spec: LayerSpec, tolerance: float = 2e-5
+) -> None:
     """The backend's output and cache equal the reference's."""
     wanted, wanted_kv = run(ReferenceAttention, step, spec)
     got, got_kv = run(make, step, spec)
@@ -179,7 +185,11 @@ def test_a_broken_sequence_breaks_alone(backend: str, spec: str, bad: float) -> 
 
 
 def test_storage_shares_one_allocation_and_copies_all_layers() -> None:
-    layers = [LayerGeometry(2, 8, torch.float32), LayerGeometry(1, 4, torch.bfloat16), LayerGeometry(2, 8, torch.float32)]
+    layers = [
+        LayerGeometry(2, 8, torch.float32),
+        LayerGeometry(1, 4, torch.bfloat16),
+        LayerGeometry(2, 8, torch.float32),
+    ]
     storage = KVStorage(layers, 5, 4, CPU)
     assert storage.nbytes == 5 * block_bytes(layers, 4)
     shapes = [tuple(storage.layer(number).shape) for number in range(3)]

@@ -31,7 +31,9 @@ def compare(folder: Path, cases: list[tuple[int, float, Any, int]]) -> None:
     """Width, length penalty, early stopping, number of end tokens; all searches of ours share one batch."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.pad_token_id = 0
-    engine = Engine(EngineConfig(model="any", block_size=4, max_num_seqs=64, max_num_batched_tokens=64), runner=make_runner(folder))
+    engine = Engine(
+        EngineConfig(model="any", block_size=4, max_num_seqs=64, max_num_batched_tokens=64), runner=make_runner(folder)
+    )
     generator = random.Random(len(cases))
     wanted = {}
     for width, length_penalty, early_stopping, dense in cases:
@@ -53,7 +55,8 @@ def compare(folder: Path, cases: list[tuple[int, float, Any, int]]) -> None:
     for request_id, (sequences, scores, ends_of) in wanted.items():
         found = results[request_id].outputs
         cut = [
-            one[: next((place + 1 for place, token in enumerate(one) if token in ends_of), len(one))] for one in sequences
+            one[: next((place + 1 for place, token in enumerate(one) if token in ends_of), len(one))]
+            for one in sequences
         ]
         assert [output.token_ids for output in found] == cut
         assert [output.cumulative_logprob for output in found] == pytest.approx(scores, rel=1e-5)

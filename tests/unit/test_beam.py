@@ -82,8 +82,10 @@ def test_early_stopping_true_takes_fewer_steps() -> None:
     steps = {}
     for early_stopping in (True, "never"):
         engine = fake_engine()
-        ends = list(range(0, 30))
-        engine.add(PROMPT, beams(n=2, max_tokens=40, stop_token_ids=ends, early_stopping=early_stopping, length_penalty=2.0))
+        ends = list(range(30))
+        engine.add(
+            PROMPT, beams(n=2, max_tokens=40, stop_token_ids=ends, early_stopping=early_stopping, length_penalty=2.0)
+        )
         run_all(engine)
         steps[early_stopping] = engine.stats().steps
     assert steps[True] < steps["never"]
@@ -114,7 +116,10 @@ def test_logprobs_follow_their_beam() -> None:
 
 
 def test_penalties_and_masks_apply_to_the_log_probabilities() -> None:
-    assert {token for tokens, _ in alone(beams(allowed_token_ids=[11, 12], stop_token_ids=[])) for token in tokens} <= {11, 12}
+    assert {token for tokens, _ in alone(beams(allowed_token_ids=[11, 12], stop_token_ids=[])) for token in tokens} <= {
+        11,
+        12,
+    }
     longest = alone(beams(min_tokens=14, stop_token_ids=list(range(40))))
     assert {len(tokens) for tokens, _ in longest} == {14}
     assert alone(beams(repetition_penalty=5.0)) != alone(beams())

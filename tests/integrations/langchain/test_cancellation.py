@@ -128,7 +128,6 @@ def test_raw_completion_too():
         break
 
 
-@pytest.mark.xfail(reason="the engine does not look for closed loops between a stream's wake-ups yet", strict=False)
 def test_a_closed_event_loop_ends_only_its_own_requests(chat, settled):
     """The loop goes away without cancelling anything; others on the same engine finish."""
 
