@@ -111,7 +111,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     head = (
-        f"# One shared batch on the bundled model\n\n24 prompts with their leaflets, {NEW_TOKENS} new tokens each, greedy. "
+        "# One shared batch on the bundled model\n\n"
+        f"24 prompts with their leaflets, {NEW_TOKENS} new tokens each, greedy. "
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, pagedllm-core {pagedllm_core.__version__}, "
         f"{torch.get_num_threads()} threads, {arguments.repeats} interleaved repeats, medians.\n"
