@@ -42,6 +42,8 @@ class Intake:
         self._runner = runner
         self._clock = clock
         self._numbers = itertools.count()
+        if runner.tokenizer is not None:
+            runner.tokenizer("")  # the first call settles its truncation, which must not happen on two threads at once
 
     def prepare(
         self,

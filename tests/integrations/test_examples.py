@@ -1,4 +1,4 @@
-"""What a newcomer runs first: the quickstart, its notebook, and the README's snippets."""
+"""What a newcomer runs first: the quickstart and its notebook."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ import sys
 from pathlib import Path
 
 import nbformat
-import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def python_blocks(path: Path) -> list[str]:
-    """The Python snippets of a Markdown file."""
-    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -53,11 +47,3 @@ def test_notebook() -> None:
     )
     assert "of 24 are right" in text
     assert "times faster" in text
-
-
-@pytest.mark.parametrize("number", range(len(python_blocks(ROOT / "README.md"))))
-def test_readme_snippet(number: int, tmp_path: Path) -> None:
-    """Each snippet runs as it stands, from an empty directory."""
-    run = run_python("-c", python_blocks(ROOT / "README.md")[number], cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip()
