@@ -3,8 +3,8 @@
     layers of one geometry share    [2, layers, kv_heads, blocks, block_size, head_dim]
     layer(i) is the view            [2,         kv_heads, blocks, block_size, head_dim]     0 is keys, 1 values
 
-Head-major, because attention reads one head's keys at a time and a block of one head is then contiguous. One allocation,
-because a block can then be copied in all layers by one operation.
+Head-major, because attention reads one head's keys at a time and a block of one head is then contiguous. One
+allocation, because a block can then be copied in all layers by one operation.
 """
 
 from __future__ import annotations

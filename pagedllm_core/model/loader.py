@@ -146,8 +146,8 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
             ) from error
         if "does not recognize this architecture" in str(error):
             raise UnsupportedModelError(
-                f"{path}: model_type={content['model_type']!r} is not known to the installed transformers; update it, or "
-                "choose another model"
+                f"{path}: model_type={content['model_type']!r} is not known to the installed transformers; update it, "
+                "or choose another model"
             ) from error
         raise ModelLoadError(f"{path}: transformers cannot read it ({type(error).__name__}: {error})") from error
 
@@ -220,8 +220,8 @@ def _pretrained_model(folder: Path, hf_config: Any, dtype: torch.dtype, config: 
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ModelLoadError(
-                f"{folder}: {kind}: {', '.join(names[:5])}{more}; config.json and the weights do not belong together, fetch "
-                "both again"
+                f"{folder}: {kind}: {', '.join(names[:5])}{more}; config.json and the weights do not belong together, "
+                "fetch both again"
             )
     loaded: nn.Module = model
     return loaded

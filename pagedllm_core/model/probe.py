@@ -40,7 +40,8 @@ _BLOCK_SIZE = 4
 _KNOWN_ARGUMENTS = {
     "scaling", "softcap", "sliding_window", "s_aux", "dropout", "is_causal",
     "position_ids", "cache_position", "position_embeddings", "use_cache", "layer_idx",
-    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "num_items_in_batch",
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep",
+    "num_items_in_batch",
 }  # fmt: skip
 
 
@@ -186,8 +187,8 @@ def _look(model: nn.Module, hf_config: Any, tokens: torch.Tensor, windows: dict[
     if len(recorder.calls) != expected or len(modules) != expected:
         raise unsupported(
             hf_config,
-            f"its {expected} layers called the attention interface {len(recorder.calls)} times from {len(modules)} modules "
-            "instead of once each",
+            f"its {expected} layers called the attention interface {len(recorder.calls)} times from {len(modules)} "
+            "modules instead of once each",
         )
     return [_layer(hf_config, number, call, windows) for number, call in enumerate(recorder.calls)]
 
@@ -259,7 +260,7 @@ def _compare_with_cache(hf_config: Any, layers: list[ProbedLayer]) -> None:
     """The cache that `generate` would use drops what is out of its windows; they must be those of the masks."""
     try:
         cache = [
-            (layer.is_sliding, getattr(layer, "sliding_window", None))
+            (getattr(layer, "is_sliding", False), getattr(layer, "sliding_window", None))
             for layer in DynamicCache(config=hf_config).layers
         ]
     except Exception as error:  # layer types or settings without a cache layer of their own
@@ -312,7 +313,8 @@ def _prove(
 def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     """Relative distance of each row's logits, [T], measured without their common offset."""
     spread = (theirs - theirs.mean(-1, keepdim=True)).norm(dim=-1)
-    return (ours - theirs).norm(dim=-1) / spread.clamp_min(1e-20)
+    distance: torch.Tensor = (ours - theirs).norm(dim=-1) / spread.clamp_min(1e-20)
+    return distance
 
 
 class _Refusing:

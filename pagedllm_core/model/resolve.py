@@ -11,8 +11,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -90,7 +90,8 @@ def _download(field: str, name: str, revision: str | None, patterns: list[str]) 
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelLoadError(
-            f"{where}: neither a folder here nor a repository on the Hub; check the name (a private one needs `hf auth login`)"
+            f"{where}: neither a folder here nor a repository on the Hub; check the name (a private one needs "
+            "`hf auth login`)"
         ) from error
     except RevisionNotFoundError as error:
         raise ModelLoadError(f"{where}: the repository has no such revision; name a branch, tag or commit") from error
@@ -171,8 +172,8 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         return (
-            f"{folder / pickles[0]}: weights of this kind can run code when they are read, so only safetensors are loaded; "
-            "convert them once where you trust the file: AutoModelForCausalLM.from_pretrained(folder)"
+            f"{folder / pickles[0]}: weights of this kind can run code when they are read, so only safetensors are "
+            "loaded; convert them once where you trust the file: AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(new_folder)"
         )
     return (

@@ -34,7 +34,7 @@ def fix_rotary_frequencies(model: nn.Module, max_model_len: int) -> None:
         if isinstance(kinds, str):
             if _varies(kinds):
                 _fix(name, module, max_model_len, {})
-                module.rope_type = "default"  # type: ignore[assignment]
+                module.rope_type = "default"
                 _check(name, module, max_model_len, {})
         elif isinstance(kinds, dict):
             varying = [layer_type for layer_type, kind in kinds.items() if _varies(kind)]

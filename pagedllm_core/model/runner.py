@@ -14,7 +14,7 @@ from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.attention.torch_paged import TorchPagedAttention
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.errors import CapacityError
-from pagedllm_core.kv.storage import KVStorage, LayerGeometry, block_bytes
+from pagedllm_core.kv.storage import KVStorage, block_bytes
 from pagedllm_core.model.hf import Layer, PagedContext, RaggedModel
 from pagedllm_core.model.loader import LoadedModel, load_model
 from pagedllm_core.model.memory import available_memory
@@ -136,8 +136,8 @@ class ModelRunner:
         if config.kv_cache_memory is not None:
             if config.kv_cache_memory < size:
                 raise CapacityError(
-                    f"kv_cache_memory={config.kv_cache_memory}: one block of {self.block_size} tokens takes {size} bytes in "
-                    f"this model; give at least that, or leave kv_cache_memory out"
+                    f"kv_cache_memory={config.kv_cache_memory}: one block of {self.block_size} tokens takes {size} bytes "
+                    "in this model; give at least that, or leave kv_cache_memory out"
                 )
             return config.kv_cache_memory // size
         usable = config.max_num_seqs * -(-self.max_model_len // self.block_size)
@@ -147,8 +147,8 @@ class ModelRunner:
             memory = min(_DEFAULT_POOL, int(_DEFAULT_SHARE * available_memory()))
         if memory < size:
             raise CapacityError(
-                f"kv_cache_memory: {memory} bytes are left on {self.device}, and one block of {self.block_size} tokens takes "
-                f"{size}; free memory, set kv_cache_memory, or choose a smaller model or block_size"
+                f"kv_cache_memory: {memory} bytes are left on {self.device}, and one block of {self.block_size} tokens "
+                f"takes {size}; free memory, set kv_cache_memory, or choose a smaller model or block_size"
             )
         return min(memory // size, usable)
 

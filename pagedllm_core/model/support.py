@@ -38,8 +38,8 @@ def unsupported(hf_config: Any, reason: str) -> UnsupportedModelError:
     """The error for a model that would be served wrongly."""
     names = getattr(hf_config, "architectures", None) or [getattr(hf_config, "model_type", "model")]
     return UnsupportedModelError(
-        f"model: {names[0]} is not supported: {reason}. PagedLLM serves decoder-only models with causal or sliding-window "
-        "attention over a key-value cache; choose such a model"
+        f"model: {names[0]} is not supported: {reason}. PagedLLM serves decoder-only models with causal or "
+        "sliding-window attention over a key-value cache; choose such a model"
     )
 
 

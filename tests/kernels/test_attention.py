@@ -41,7 +41,7 @@ def make_step(
     width: int,
     dtype: torch.dtype = torch.float32,
 ) -> Step:
-    """A step of sequences with (tokens already cached, new tokens) each; tables are shuffled and padded with block 0."""
+    """A step of sequences with (tokens already cached, new tokens) each; tables are shuffled, padded with block 0."""
     order = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     needed = [-(-(past + new) // block_size) for past, new in lengths]

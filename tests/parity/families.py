@@ -116,7 +116,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
             "rope_theta": 10000.0,
             "factor": 4.0,
             "original_max_position_embeddings": 64,
-        },  # fmt: skip
+        },
     ),
 }
 """Families that must give exactly `generate`'s greedy tokens."""

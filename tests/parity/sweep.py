@@ -24,7 +24,8 @@ from tests.parity.driver import make_runner, paged_tokens, reference_tokens
 from tests.parity.families import VOCAB, spread_weights
 
 _SMALL: dict[str, Any] = {
-    "hidden_size": 64, "d_model": 64, "n_embd": 64, "embed_dim": 64, "dim": 64, "word_embed_proj_dim": 64, "emb_dim": 64,
+    "hidden_size": 64, "d_model": 64, "n_embd": 64, "embed_dim": 64, "dim": 64, "word_embed_proj_dim": 64,
+    "emb_dim": 64,
     "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "dim_ff": 96, "ffn_hidden_size": 96, "dff": 96,
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "shared_intermediate_size": 32,
     "expert_hidden_size": 32, "moe_ffn_hidden_size": 32,
