@@ -136,8 +136,8 @@ class ModelRunner:
         if config.kv_cache_memory is not None:
             if config.kv_cache_memory < size:
                 raise CapacityError(
-                    f"kv_cache_memory={config.kv_cache_memory}: one block of {self.block_size} tokens takes {size} bytes "
-                    "in this model; give at least that, or leave kv_cache_memory out"
+                    f"kv_cache_memory={config.kv_cache_memory}: one block of {self.block_size} tokens takes {size} "
+                    "bytes in this model; give at least that, or leave kv_cache_memory out"
                 )
             return config.kv_cache_memory // size
         usable = config.max_num_seqs * -(-self.max_model_len // self.block_size)
