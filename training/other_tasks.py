@@ -1,0 +1,421 @@
+"""Dialogues without a document: tool calls, tool results, JSON extraction, memory and small talk."""
+
+# ruff: noqa: SIM905
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from . import values as v
+from . import words as w
+from .bank import capital
+from .chatml import Message, dumps
+from .context_tasks import Dialogue
+from .grammar import random_fact
+
+Rng = random.Random
+
+TOPICS = """
+horoscope recipe distance tide timetable inventory balance translation route reminder invoice temperature humidity
+score ranking booking shipment stock rate tax area volume average total password document picture song alarm light
+heater door calendar contact meeting note task parcel seat table menu exam grade loan tariff sensor fuel altitude
+""".split()
+ACTIONS = """
+find fetch lookup compute calculate create delete send update list search count convert set start stop add remove
+check read write plan estimate compare open close reserve cancel rename print
+""".split()
+SYSTEMS = """
+You are a helpful assistant.
+You are a helpful assistant with tools.
+Use the tools when they help.
+You are an assistant. Call a function if needed.
+Be brief.
+Answer politely.
+You can call functions.
+Help the user.
+""".strip().splitlines()
+
+# parameter name, JSON type, value maker, how a request mentions it
+_Param = tuple[str, str, Any, list[str]]
+
+
+def _parameters() -> list[tuple[str, str, Any, list[str]]]:
+    text = "string"
+    return [
+        ("city", text, v.city, ["in {}", "for {}", "of {}"]),
+        ("location", text, v.city, ["in {}", "at {}", "for {}"]),
+        ("name", text, v.name, ["for {}", "named {}", "with the name {}"]),
+        ("person", text, v.name, ["for {}", "of {}"]),
+        ("date", text, v.date, ["on {}", "for {}"]),
+        ("time", text, v.time, ["at {}"]),
+        ("day", text, lambda r: r.choice(w.WEEKDAYS), ["on {}", "for {}"]),
+        ("code", text, v.code, ["with code {}", "for code {}", "{}"]),
+        ("id", text, v.code, ["with id {}", "number {}"]),
+        ("email", text, v.email, ["to {}", "with the address {}"]),
+        ("phone", text, v.phone, ["with phone {}", "to {}"]),
+        ("colour", text, lambda r: r.choice(w.COLOURS), ["in {}", "with colour {}"]),
+        ("title", text, lambda r: capital(v.noun(r)), ["called {}", 'with the title "{}"']),
+        ("query", text, lambda r: f"{v.adjective(r)} {v.noun(r)}", ["for {}", 'for "{}"', "about {}"]),
+        ("item", text, v.noun, ["for the {}", "of the {}"]),
+        ("x", "integer", lambda r: r.randint(-20, 999), ["for {}", "of {}", "with x = {}"]),
+        ("a", "integer", lambda r: r.randint(0, 500), ["with a = {}", "of {}"]),
+        ("b", "number", lambda r: round(r.uniform(0, 90), 1), ["and b = {}", "and {}"]),
+        ("count", "integer", lambda r: r.randint(1, 60), ["{} times", "with count {}"]),
+        ("amount", "number", lambda r: round(r.uniform(1, 900), 2), ["for {}", "with amount {}"]),
+        ("number", "integer", lambda r: r.randint(0, 9999), ["for number {}", "of {}"]),
+        ("limit", "integer", lambda r: r.randint(1, 30), ["at most {}", "with limit {}"]),
+        ("length", "number", lambda r: r.randint(1, 99), ["of length {}"]),
+    ]
+
+
+PARAMETERS = _parameters()
+
+
+class ToolMaker:
+    """Makes random tools, requests for them and results; subclasses may change the words."""
+
+    topics: list[str] = TOPICS
+    actions: list[str] = ACTIONS
+    parameters = PARAMETERS
+
+    def tool(self, rng: Rng) -> dict[str, Any]:
+        """A random tool: name, action, topic and parameters."""
+        made = rng.random() < 0.4
+        topic = v.pseudo(rng, 2) if made else rng.choice(self.topics)
+        action = rng.choice(self.actions) if rng.random() < 0.85 else v.pseudo(rng, 2)
+        name = rng.choice([f"{action}_{topic}", f"{action}_{topic}", topic, f"{topic}_{rng.choice(w.NOUNS)}"])
+        params = rng.sample(self.parameters, rng.choice([0, 1, 1, 1, 2, 2, 3]) if rng.random() < 0.95 else 1)
+        if rng.random() < 0.3:
+            params = [(v.pseudo(rng, 2), kind, make, ["with {key} {}"]) for _, kind, make, _ in params]
+        return {"name": name, "action": action, "topic": topic, "params": params}
+
+    def schema(self, tool: dict[str, Any], style: int, rng: Rng) -> dict[str, Any]:
+        """The JSON schema of a tool in one of the usual layouts."""
+        described = rng.random() < 0.5
+        properties: dict[str, Any] = {}
+        for key, kind, _, _ in tool["params"]:
+            properties[key] = {"type": kind}
+            if described:
+                properties[key]["description"] = f"The {key}"
+        required = [key for key, *_ in tool["params"]]
+        parts: dict[str, Any] = {"type": "object", "properties": properties}
+        if required and rng.random() < 0.85:
+            parts["required"] = required
+        if style == 1:
+            parts = {key: parts[key] for key in ("properties", "required", "type") if key in parts}
+        description = rng.choice(["{a} the {t}.", "{a} a {t}", "{a} the {t} for the user.", "Can {b} the {t}."])
+        text = capital(description.format(a=capital(tool["action"]), b=tool["action"], t=tool["topic"]))
+        function = {"name": tool["name"], "description": text, "parameters": parts}
+        return function if style == 2 else {"type": "function", "function": function}
+
+    def arguments(self, tool: dict[str, Any], rng: Rng) -> dict[str, Any]:
+        """Random arguments for a tool."""
+        return {key: make(rng) for key, _, make, _ in tool["params"]}
+
+    def request(self, tool: dict[str, Any], arguments: dict[str, Any], rng: Rng) -> str:
+        """A user request that names all the arguments."""
+        roll = rng.random()
+        if roll < 0.2:
+            listing = " and ".join(f"{key} {value}" for key, value in arguments.items())
+            tail = f" with {listing}" if listing else ""
+            return rng.choice(["Call {n}{t}.", "Use {n}{t}.", "Please run {n}{t}."]).format(n=tool["name"], t=tail)
+        if roll < 0.27:
+            listing = ", ".join(str(value) for value in arguments.values())
+            ask = ["What is {n}({l})?", "Compute {n}({l}).", "What does {n}({l}) give? Use the function.", "{n}({l})"]
+            return rng.choice(ask).format(n=tool["name"], l=listing)
+        groups = [self.group(key, kind) for key, kind, *_ in tool["params"]]
+        parts = [
+            rng.choice(ways if groups.count(group) == 1 else ["with {key} {}", "and {key} {}"]).format(
+                arguments[key], key=key
+            )
+            for group, (key, _, _, ways) in zip(groups, tool["params"], strict=True)
+        ]
+        rng.shuffle(parts)
+        start = rng.choice(
+            [
+                "{a} the {t}",
+                "Please {a} the {t}",
+                "Can you {a} the {t}",
+                "I need to {a} the {t}",
+                "{a} a {t}",
+                "What is the {t}",
+                "Tell me the {t}",
+                "I want the {t}",
+                "Show me the {t}",
+                "What's the {t}",
+            ]
+        )
+        text = " ".join([start.format(a=tool["action"], t=tool["topic"]), *parts])
+        ending = "?" if start.startswith(("What", "Can")) else rng.choice([".", "", " please."])
+        return capital(text) + ending
+
+    @staticmethod
+    def group(key: str, kind: str) -> str:
+        """Parameters of one group can be confused, so a request has to name them."""
+        groups = {"location": "city", "person": "name", "id": "code", "title": "item", "query": "item", "day": "date"}
+        return "number" if kind != "string" else groups.get(key, key)
+
+    def result(self, tool: dict[str, Any], rng: Rng) -> tuple[str, str]:
+        """A tool result and the answer that reports it."""
+        roll = rng.random()
+        if roll < 0.35:
+            kind = rng.choice(["num", "num", "price", "time", "place", "code", "colour", "dur", "date"])
+            value = v.SLOTS[kind](rng)
+            return value, f"The result is {value}."
+        if roll < 0.75:
+            sentence = random_fact(rng).sentence
+            return sentence, sentence
+        keys = rng.sample(
+            ["status", "value", "total", "name", "price", "time", "colour", "unit", tool["topic"]], rng.randint(1, 3)
+        )
+        data = {
+            key: (v.SLOTS[key](rng) if key in v.SLOTS else rng.choice([rng.randint(1, 900), v.adjective(rng)]))
+            for key in keys
+        }
+        listing = ", ".join(f"{key}: {value}" for key, value in data.items())
+        return dumps(data), capital(listing) + "."
+
+    def calls(self, rng: Rng) -> Dialogue:
+        """Tools, a request, the call, its result and the answer; sometimes a second request or plain talk."""
+        tools = [self.tool(rng) for _ in range(rng.choice([1, 1, 2, 2, 3, 4]))]
+        style = rng.randint(0, 2)
+        messages: list[Message] = []
+        if rng.random() < 0.5:
+            messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            if rng.random() < 0.12:
+                question, answer = rng.choice(TALK)
+                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                continue
+            tool = rng.choice(tools)
+            arguments = self.arguments(tool, rng)
+            messages.append({"role": "user", "content": self.request(tool, arguments, rng)})
+            call = {"type": "function", "function": {"name": tool["name"], "arguments": arguments}}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            content, answer = self.result(tool, rng)
+            messages.append({"role": "tool", "content": content})
+            messages.append({"role": "assistant", "content": answer})
+        schemas: list[Message] = [self.schema(tool, style, rng) for tool in tools]
+        return Dialogue("tools", messages, schemas)
+
+
+_FIELDS: list[tuple[str, Any, list[str]]] = [
+    (
+        "name",
+        v.name,
+        ["{} wrote to us.", "The person is {}.", "My name is {}.", "{} called today.", "It was ordered by {}."],
+    ),
+    ("city", v.city, ["The person lives in {}.", "The office is in {}.", "I come from {}.", "It happened in {}."]),
+    (
+        "date",
+        v.date,
+        ["The visit was on {}.", "It took place on {}.", "The date is {}.", "Delivery is planned for {}."],
+    ),
+    ("time", v.time, ["It starts at {}.", "The call came at {}.", "We meet at {}."]),
+    ("price", v.price, ["It costs {}.", "The price is {}.", "We paid {} for it.", "The amount of {} is due."]),
+    ("phone", v.phone, ["The telephone number is {}.", "Call {} for details.", "Reach me at {}."]),
+    ("email", v.email, ["Write to {}.", "The address for mail is {}.", "Send the answer to {}."]),
+    ("colour", lambda r: r.choice(w.COLOURS), ["It is {}.", "The chosen colour is {}.", "They want it in {}."]),
+    ("code", v.code, ["The code is {}.", "It has the code {}.", "Please quote {}."]),
+    (
+        "product",
+        lambda r: f"{v.adjective(r)} {v.noun(r)}",
+        ["They want a {}.", "The order is for a {}.", "I bought a {}."],
+    ),
+    ("room", lambda r: str(r.randint(1, 400)), ["It is in room {}.", "The room is {}.", "Room {} is booked."]),
+    ("quantity", lambda r: r.randint(2, 90), ["There are {} of them.", "{} pieces were sent.", "The quantity is {}."]),
+    ("age", lambda r: r.randint(5, 95), ["The age is {}.", "{} years old.", "I am {} years old."]),
+    (
+        "company",
+        lambda r: v.pseudo(r, 2).capitalize() + " Ltd",
+        ["The company is {}.", "I work for {}.", "It is sold by {}."],
+    ),
+]
+_EXTRACT = [
+    "Extract {keys} as JSON.",
+    "Give me {keys} as a JSON object.",
+    "Return JSON with the keys {keys}.",
+    "Which {keys}? Answer in JSON.",
+    "Write {keys} of this text as JSON.",
+    "JSON with {keys}, please.",
+    "Fill a JSON object with {keys}.",
+]
+
+
+def made_field(rng: Rng, field: tuple[str, Any, list[str]]) -> tuple[str, Any, list[str]]:
+    """A field with a random key and the values of another one."""
+    key = v.pseudo(rng, 2) if rng.random() < 0.3 else rng.choice(w.NOUNS)
+    ways = [
+        f"The {key} is {{}}.",
+        f"The {key} of it is {{}}.",
+        f"{{}} is the {key}.",
+        f"As {key} they wrote {{}}.",
+        f"{key}: {{}}.",
+    ]
+    return f"{key}", field[1], ways
+
+
+def extraction(rng: Rng, fields: list[tuple[str, Any, list[str]]] = _FIELDS, asks: list[str] = _EXTRACT) -> Dialogue:
+    """A text and keys to be answered with a JSON object of the values, in the order of the keys."""
+    chosen = rng.sample(fields, rng.randint(2, 6))
+    if fields is _FIELDS:
+        chosen = [made_field(rng, field) if rng.random() < 0.4 else field for field in chosen]
+    values = {key: make(rng) for key, make, _ in chosen}
+    lines = [capital(rng.choice(ways).format(values[key])).replace("..", ".") for key, _, ways in chosen]
+    text = " ".join(lines) if rng.random() < 0.7 else "\n".join(f"{capital(k)}: {x}" for k, x in values.items())
+    messages: list[Message] = []
+    for turn in range(rng.choice([1, 2, 2, 3])):
+        keys = rng.sample(list(values), rng.randint(1, min(4, len(values))))
+        quoted = rng.random() < 0.3
+        listing = ", ".join(f'"{key}"' if quoted else key for key in keys)
+        if len(keys) > 1 and rng.random() < 0.4:
+            listing = " and ".join(listing.rsplit(", ", 1))
+        ask = rng.choice(asks).format(keys=listing)
+        head = rng.choice([f"{text}\n\n{ask}", f"{ask}\n\n{text}", f"{ask}\nText: {text}"])
+        messages.append({"role": "user", "content": head if turn == 0 else ask})
+        messages.append({"role": "assistant", "content": dumps({key: values[key] for key in keys})})
+    return Dialogue("json", messages)
+
+
+_MEMORY: list[tuple[str, Any, list[str], list[str], str]] = [
+    (
+        "name",
+        v.first_name,
+        ["My name is {}.", "I am {}.", "Call me {}.", "Hello, I'm {}."],
+        ["What is my name?", "Who am I?", "Do you remember my name?"],
+        "Your name is {}.",
+    ),
+    (
+        "city",
+        v.city,
+        ["I live in {}.", "My home is in {}.", "I come from {}."],
+        ["Where do I live?", "Which city do I live in?", "Where am I from?"],
+        "You live in {}.",
+    ),
+    (
+        "pet",
+        v.first_name,
+        ["My dog is called {}.", "I have a dog named {}."],
+        ["What is my dog called?", "What is the name of my dog?"],
+        "Your dog is called {}.",
+    ),
+    (
+        "colour",
+        lambda r: r.choice(w.COLOURS),
+        ["My favourite colour is {}.", "I like {} best of all colours."],
+        ["What is my favourite colour?", "Which colour do I like?"],
+        "Your favourite colour is {}.",
+    ),
+    (
+        "number",
+        lambda r: str(r.randint(1, 999)),
+        ["My lucky number is {}.", "Remember the number {}."],
+        ["What is my number?", "Which number did I tell you?"],
+        "Your number is {}.",
+    ),
+    (
+        "code",
+        v.code,
+        ["The code word is {}.", "Please remember the code {}."],
+        ["What is the code?", "Which code did I give you?"],
+        "The code is {}.",
+    ),
+    (
+        "job",
+        lambda r: r.choice(w.NOUNS[-48:]),
+        ["I work as a {}.", "My job is {}."],
+        ["What is my job?", "What do I do for a living?"],
+        "You work as a {}.",
+    ),
+]
+_PLEASED = ["Nice to meet you, {}.", "Hello {}, nice to meet you."]
+
+
+def memory(rng: Rng) -> Dialogue:
+    """Facts about the user, small talk between, and questions that recall them."""
+    chosen = rng.sample(_MEMORY, rng.randint(1, 4))
+    values = {entry[0]: entry[1](rng) for entry in chosen}
+    messages: list[Message] = []
+    if rng.random() < 0.4:
+        messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
+    for key, _, tell, _, _ in chosen:
+        messages.append({"role": "user", "content": rng.choice(tell).format(values[key])})
+        answer = "Nice to meet you, {}." if key == "name" else "I will remember that."
+        messages.append({"role": "assistant", "content": answer.format(values[key])})
+        if rng.random() < 0.4:
+            question, reply = rng.choice(TALK)
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    for key, _, _, asks, reply in rng.sample(chosen, len(chosen)):
+        messages.append({"role": "user", "content": rng.choice(asks)})
+        messages.append({"role": "assistant", "content": reply.format(values[key])})
+    return Dialogue("memory", messages)
+
+
+_TALK_TEXT = """
+Hello|Hi|Hi there|Good morning|Hey|Good evening => Hello! How can I help you?
+How are you?|How do you do?|How is it going? => I am fine, thank you. How can I help you?
+Thank you|Thanks a lot|Many thanks|Thank you very much => You are welcome.
+Goodbye|Bye|See you later => Goodbye!
+Who are you?|What are you?|What is your name?|Introduce yourself. => I am tiny, the small model that is bundled with PagedLLM.
+What can you do?|How can you help me?|What are you good at? => I answer questions about a text, extract JSON, call tools and remember what you tell me.
+What is PagedLLM?|Tell me about PagedLLM.|What does PagedLLM do?|Explain PagedLLM. => PagedLLM is an inference engine that runs language models inside your own Python process.
+What is paged in PagedLLM?|What are KV blocks?|How does PagedLLM store keys and values? => PagedLLM keeps keys and values in fixed-size KV blocks that sequences share.
+How does PagedLLM serve many requests?|What is continuous batching?|What happens when several threads ask at once? => All requests run together in one shared batch, and new ones join at every step.
+Does PagedLLM need a server?|Do I have to start a server?|Is there a separate process? => No, the engine runs in your own Python process and needs no server.
+What is prefix caching?|What happens with a shared prompt? => Prompts with the same beginning share their KV blocks, so the work is done once.
+How big are you?|How many parameters do you have?|Are you a large model? => I am a very small model with about four million parameters.
+Who made you?|Who trained you?|Where do you come from? => I was trained on a laptop-sized CPU with text generated for the PagedLLM project.
+Can you do maths?|Are you good at arithmetic? => No, I am too small for that. I am good at finding facts in a text.
+Do you know everything?|Do you have general knowledge? => No, I know very little. Give me a text and I will answer from it.
+Tell me a joke|Make me laugh. => A tiny model walks into a cache and finds every seat already paged.
+What is the meaning of life?|What will happen tomorrow?|Who will win the election? => I don't know.
+How do I ask you a question?|How should I use you? => Give me a text and a question, and I will quote the sentence that answers it.
+Can I use my own model?|Which models can PagedLLM run? => PagedLLM loads Llama-type models from a local folder.
+Say hello.|Greet me. => Hello!
+Are you a human?|Are you a robot? => No, I am a small language model.
+Ok|Okay, good|Fine => Good. What else can I do for you?
+"""
+
+
+def _read_talk() -> list[tuple[str, str]]:
+    pairs = []
+    for line in filter(None, _TALK_TEXT.splitlines()):
+        questions, answer = line.split(" => ")
+        pairs += [(question, answer) for question in questions.split("|")]
+    return pairs
+
+
+TALK = _read_talk()
+
+
+def talk(rng: Rng) -> Dialogue:
+    """Small talk about the model and about PagedLLM."""
+    messages: list[Message] = []
+    if rng.random() < 0.4:
+        messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
+    for question, answer in rng.sample(TALK, rng.randint(1, 5)):
+        if rng.random() < 0.15:
+            question = rng.choice(
+                [question.lower(), question.rstrip("?."), "Hello! " + question, "Please tell me: " + question]
+            )
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Dialogue("talk", messages)
+
+
+def repeat(rng: Rng) -> Dialogue:
+    """Repeats given text word for word: made-up words, sentences or values."""
+    messages: list[Message] = []
+    for _ in range(rng.randint(1, 4)):
+        roll = rng.random()
+        if roll < 0.4:
+            text = " ".join(random_fact(rng).sentence for _ in range(rng.choice([1, 1, 2, 3])))
+        elif roll < 0.8:
+            text = " ".join(rng.choice([v.pseudo(rng), v.noun(rng), v.name(rng)]) for _ in range(rng.randint(2, 16)))
+        else:
+            text = ", ".join(rng.choice(list(v.SLOTS.values()))(rng) for _ in range(rng.randint(1, 7)))
+        ask = rng.choice(
+            ["Repeat: {}", "Say exactly: {}", "Repeat after me: {}", "Please repeat this text: {}", "Echo: {}"]
+        )
+        messages += [{"role": "user", "content": ask.format(text)}, {"role": "assistant", "content": text}]
+    return Dialogue("repeat", messages)
