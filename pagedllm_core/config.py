@@ -110,7 +110,6 @@ class EngineConfig(ValidatedModel):
             "load_format": self.load_format == "gguf",
             "kv_cache_dtype": self.kv_cache_dtype != "auto",
             "swap_space": bool(self.swap_space),
-            "scheduling_policy": self.scheduling_policy != "fcfs",
             "deterministic": self.deterministic,
             "tensor_parallel_size": self.tensor_parallel_size != 1,
         }

@@ -57,7 +57,9 @@ class Engine:
         self.config = config
         self.runner = _load(config) if runner is None else runner
         self.pool = BlockPool(self.runner.num_blocks, retain=config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.pool, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            self.pool, config.block_size, config.max_num_seqs, config.max_num_batched_tokens, config.scheduling_policy
+        )
         self.intake = Intake(config, self.runner, clock)
         self._clock = clock
         self._arrivals = itertools.count()

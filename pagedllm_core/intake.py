@@ -62,8 +62,8 @@ class Intake:
             prompt: Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
             params: Sampling parameters; vLLM's defaults if None.
             request_id: A random one if None.
-            priority: Kept for the scheduling policies to come.
-            share_key: Likewise.
+            priority: Lower is more urgent, under the policy "priority".
+            share_key: Whose share it counts against, under the policy "fair"; all without one share one.
             timeout: Seconds until the request fails with `RequestTimeoutError`.
             stream: Deliver what is new after each step, rather than everything at the end.
 
@@ -97,7 +97,7 @@ class Intake:
             max_tokens=limit,
             arrival_time=arrival_time,
             deadline=None if timeout is None else arrival_time + _checked_timeout(timeout),
-            priority=priority,
+            priority=_checked_priority(priority),
             share_key=share_key,
             stream=stream and params.width == params.n and not params.use_beam_search,
             beams=_beam_state(params, len(set(rules.end_token_ids)), limit) if params.use_beam_search else None,
@@ -220,6 +220,12 @@ def _checked_id(request_id: str | None) -> str:
     if not isinstance(request_id, str) or not request_id:
         raise InvalidRequestError(f"request_id={request_id!r}: must be a non-empty str")
     return request_id
+
+
+def _checked_priority(priority: int) -> int:
+    if type(priority) is not int:
+        raise InvalidRequestError(f"priority={priority!r}: must be an int; lower is more urgent")
+    return priority
 
 
 def _checked_timeout(timeout: float) -> float:

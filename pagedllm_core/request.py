@@ -120,8 +120,8 @@ class Request:
         max_tokens: Most tokens of each sequence, cut at the context limit.
         arrival_time: Engine clock, seconds.
         deadline: Engine clock, seconds, or None.
-        priority: Kept for the scheduling policies to come.
-        share_key: Likewise.
+        priority: Lower is more urgent (policy "priority").
+        share_key: Whose share it counts against (policy "fair").
         stream: Deliver what is new after each step, instead of everything at the end.
         sequences: One until the prompt is computed, then `width` of them.
         arrival: Order of submission; kept through preemption.

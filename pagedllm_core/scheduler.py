@@ -15,7 +15,7 @@ import bisect
 
 from pagedllm_core.batch import ScheduledBatch, ScheduledRow, wants_prompt_logprobs
 from pagedllm_core.kv.pool import BlockPool
-from pagedllm_core.queue import WaitingQueue
+from pagedllm_core.queue import POLICIES
 from pagedllm_core.request import Request, RequestState, Sequence
 
 PROMPT_LOGPROBS_CHUNK = 256  # bounds the logits of a prompt that is being scored: 256 rows of the vocabulary
@@ -29,15 +29,18 @@ class Scheduler:
         block_size: Tokens in a block.
         max_num_seqs: Most sequences in a step.
         max_num_batched_tokens: Most tokens in a step; at least `max_num_seqs`.
+        policy: Order of the waiting requests: "fcfs", "priority" or "fair".
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, policy: str = "fcfs"
+    ) -> None:
         self.pool = pool
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.running: list[Request] = []  # oldest first
-        self.waiting = WaitingQueue()
+        self.waiting = POLICIES[policy]()
+        self.running: list[Request] = []  # in the order of `waiting.order`: who is last is preempted first
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # prompt tokens looked up, and found below
         self.prefix_cache_hits = 0
@@ -181,6 +184,8 @@ class Scheduler:
         for index in range(start // self.block_size, end // self.block_size):
             sequence.table.seal(index, sequence.block_hash(index))
         sequence.num_computed = end
+        prompt_tokens = max(0, min(end, sequence.prompt_length) - start)
+        self.waiting.charge(request, prompt_tokens, count - prompt_tokens)
         batch.rows.append(ScheduledRow(request, sequence, start, end, samples=end == sequence.num_tokens))
 
     def _admit(self, batch: ScheduledBatch, only: Request | None) -> None:
@@ -203,7 +208,7 @@ class Scheduler:
         if request.metrics.preemptions == 0 and not wants_prompt_logprobs(request):
             self.prefix_cache_queries += len(request.prompt_token_ids)
         request.state = RequestState.RUNNING
-        bisect.insort(self.running, request, key=lambda other: other.arrival)
+        bisect.insort(self.running, request, key=self.waiting.order)
 
     def _blocks_to_catch_up(self, request: Request) -> int:
         """Blocks the request takes from the pool until its known tokens are computed, shared ones counted once."""

@@ -102,6 +102,7 @@ def test_requests_name_the_field_and_the_running_one_is_unchanged() -> None:
         ({"timeout": 0}, "timeout"),
         ({"timeout": math.nan}, "timeout"),
         ({"request_id": ""}, "request_id"),
+        ({"priority": "high"}, "priority"),
     ]:
         with pytest.raises(InvalidRequestError, match=field):
             engine.add([1], **options)
@@ -126,7 +127,7 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("load_format", {"model": "m", "load_format": "pickle"}),
     ("kv_cache_dtype", {"model": "m", "kv_cache_dtype": "fp8"}),
     ("swap_space", {"model": "m", "swap_space": 1}),
-    ("scheduling_policy", {"model": "m", "scheduling_policy": "fair"}),
+    ("scheduling_policy", {"model": "m", "scheduling_policy": "random"}),
     ("deterministic", {"model": "m", "deterministic": True}),
     ("tensor_parallel_size", {"model": "m", "tensor_parallel_size": 2}),
     ("no_such_field", {"model": "m", "no_such_field": 1}),
