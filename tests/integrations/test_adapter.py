@@ -53,17 +53,21 @@ async def test_a_task_for_each_output_is_no_sign_of_leaving():
 
 
 async def test_many_waiters_load_once_and_a_failed_load_is_tried_again(monkeypatch):
-    engine, started = get_engine(model="tiny"), []
+    engine, started, all_wait = get_engine(model="tiny"), [], threading.Event()
 
     def load(config):
         started.append(config)
         if len(started) == 1:
+            all_wait.wait()
             raise ModelLoadError("not this time")
         return engine
 
     monkeypatch.setattr(registry, "get_engine", load)
     source = EngineSource(EngineConfig(model="elsewhere"))
-    results = await asyncio.gather(*(source.aget() for _ in range(8)), return_exceptions=True)
+    waiting = [asyncio.create_task(source.aget()) for _ in range(8)]
+    await asyncio.sleep(0)
+    all_wait.set()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
     assert {type(result) for result in results} == {ModelLoadError}
     assert set(await asyncio.gather(*(source.aget() for _ in range(8)))) == {engine}
     assert source.get() is engine
