@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.engine import Engine
+from pagedllm_core.errors import EngineClosedError
 from pagedllm_core.intake import Prompt
 from pagedllm_core.metrics import EngineStats
 from pagedllm_core.model.interface import Runner
@@ -168,9 +169,18 @@ class AsyncEngine:
                 handle.cancel()
 
     async def run_in_intake(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        """Run a function (a template, a tokenizer) on the intake thread, in order, off the event loop."""
+        """Run a function (a template, a tokenizer) on the intake thread, in order, off the event loop.
+
+        Raises:
+            EngineClosedError: The engine was closed.
+        """
+        self._worker.check_open()
         call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._intake, call)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._intake, call)
+        except RuntimeError as error:  # closed in between
+            raise EngineClosedError("the engine was closed; make a new one") from error
+        return await future
 
     def abort(self, request_id: str) -> None:
         """End a request now, from any thread; whoever waits gets what it has, with `finish_reason="abort"`."""

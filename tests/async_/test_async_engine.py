@@ -239,6 +239,8 @@ async def test_close_ends_what_runs_with_an_error() -> None:
         handle.result()
     with pytest.raises(EngineClosedError, match="make a new one"):
         engine.submit([1])
+    with pytest.raises(EngineClosedError, match="make a new one"):
+        await engine.generate([1])
     assert runner.closed
     assert engine.closed
     assert not engine.health()

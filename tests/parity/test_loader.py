@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,8 @@ def test_hub_name_is_fetched_with_its_revision(llama: Path, monkeypatch: pytest.
     assert (name, arguments["revision"]) == ("someone/some-model", "v2")
     assert "*.py" not in arguments["allow_patterns"]
     assert not any(pattern.endswith((".bin", ".pt")) for pattern in arguments["allow_patterns"])
-    load("someone/some-model", tokenizer="someone/other")
+    with pytest.raises(ModelLoadError, match="holds no tokenizer files"):
+        load("someone/some-model", tokenizer="someone/other")
     assert calls[-1][1]["revision"] is None
     assert not any("safetensors" in pattern for pattern in calls[-1][1]["allow_patterns"])
 
@@ -308,8 +310,6 @@ def test_cached_hub_model_loads_offline(model_folder: Folders, tmp_path: Path, m
 
 
 def test_two_runners_on_two_threads(model_folder: Folders) -> None:
-    import threading
-
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12]]
     names = ("llama", "mistral")
     expected = {name: reference_tokens(model_folder(name), prompts, 12) for name in names}
