@@ -28,6 +28,7 @@ __all__ = ["AsyncEngine", "RequestHandle", "open_engines"]
 Result = TypeVar("Result")
 
 _OPEN: weakref.WeakSet[AsyncEngine] = weakref.WeakSet()  # what `list_engines` shows; owns nothing
+_WORKERS: weakref.WeakSet[EngineWorker] = weakref.WeakSet()  # a running thread keeps its worker alive
 _OPEN_LOCK = threading.Lock()
 
 
@@ -39,9 +40,12 @@ def open_engines() -> list[AsyncEngine]:
 
 @atexit.register
 def _close_all() -> None:
-    """Join every engine's thread before the interpreter goes: a thread inside torch must not outlive it."""
-    for engine in open_engines():
-        engine.close()
+    """Join every engine's thread before the interpreter goes: a thread inside torch must not outlive it.
+
+    The workers are asked, not the engines: an engine that was dropped a moment ago may still be in a step.
+    """
+    for worker in list(_WORKERS):
+        worker.stop(wait=True)
 
 
 class AsyncEngine:
@@ -62,6 +66,7 @@ class AsyncEngine:
             raise TypeError(f"give a config or its fields, not both: {', '.join(fields)}")
         self.config = EngineConfig(**fields) if config is None else config
         self._worker = EngineWorker(Engine(self.config, runner=runner))
+        _WORKERS.add(self._worker)
         self._intake = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pagedllm-intake")
         # The thread holds the worker only, so an engine that nobody names any more closes itself.
         self._finalizer = weakref.finalize(self, _close, self._worker, self._intake)
@@ -107,9 +112,22 @@ class AsyncEngine:
 
     def enqueue(self, request: Request) -> RequestHandle:
         """The second half of `submit`: queue a prepared request, once."""
-        handle = RequestHandle(request.request_id, self, self._worker.submit(request))
-        weakref.finalize(handle, self._worker.abort, request.request_id).atexit = False
+        mailbox = self._worker.submit(request)
+        handle = RequestHandle(request.request_id, self, mailbox)
+        weakref.finalize(handle, self._worker.cancel, request.request_id, mailbox).atexit = False
         return handle
+
+    def cancel(self, handle: RequestHandle) -> None:
+        """End a handle's request, and no other that has its id by now."""
+        self._worker.cancel(handle.request_id, handle.mailbox)
+
+    def check_process(self) -> None:
+        """Raise where this process is a fork of the engine's.
+
+        Raises:
+            EngineClosedError: It is.
+        """
+        self._worker.check_process()
 
     async def asubmit(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any

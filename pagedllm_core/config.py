@@ -18,8 +18,10 @@ def parse_bytes(value: int | str) -> int:
     Raises:
         ValueError: The string is not a number with an optional unit.
     """
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return value
+    if not isinstance(value, str):
+        raise ValueError(f'{value!r} is not a size; write bytes as an int, or a string such as "2GiB"')
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f'{value!r} is not a size; write bytes as an int, or a string such as "2GiB"')

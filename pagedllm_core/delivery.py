@@ -12,7 +12,7 @@ def build_output(request: Request) -> RequestOutput:
     """What the request's owner has not seen yet. Called once per step in which the request advanced."""
     finished = not request.active
     request.metrics.output_tokens = sum(sequence.num_generated for sequence in _returned(request))
-    first = not any(sequence.num_delivered for sequence in request.sequences)
+    prompt_logprobs, request.prompt_scored = None if request.prompt_scored else request.prompt_logprobs, True
     outputs = [
         _delta(sequence, request, index)
         for index, sequence in enumerate(_returned(request))
@@ -22,7 +22,7 @@ def build_output(request: Request) -> RequestOutput:
         request_id=request.request_id,
         prompt=request.prompt,
         prompt_token_ids=request.prompt_token_ids,
-        prompt_logprobs=request.prompt_logprobs if first or finished else None,
+        prompt_logprobs=prompt_logprobs,
         outputs=[output for output in outputs if output is not None],
         finished=finished,
         metrics=dataclasses.replace(request.metrics),
@@ -33,7 +33,7 @@ def _returned(request: Request) -> list[Sequence]:
     """The sequences the caller gets, in order; of `best_of` the most likely `n`."""
     if request.beams is not None:
         return request.sequences
-    if request.width == request.params.n:
+    if request.params.best_of is None:
         return sorted(request.sequences, key=lambda sequence: sequence.index)
     ranked = sorted(request.sequences, key=lambda sequence: -sequence.cumulative_logprob)
     return ranked[: request.params.n]
@@ -46,7 +46,7 @@ def _delta(sequence: Sequence, request: Request, index: int) -> CompletionOutput
     start = sequence.num_delivered
     sequence.num_delivered = sequence.num_generated
     scored = request.params.logprobs is not None
-    ranked = scored or request.beams is not None or request.width > request.params.n
+    ranked = scored or request.beams is not None or request.params.best_of is not None
     return CompletionOutput(
         index=index,
         text=sequence.detokenizer.take(sequence.finished) if sequence.detokenizer else "",

@@ -96,10 +96,10 @@ class Engine:
         table = BlockTable(self.pool, self.config.block_size)
         tokens = request.prompt_token_ids.copy()
         request.sequences = [Sequence(0, tokens, len(tokens), table, request.root_hash)]
+        self.scheduler.add(request)
         self._requests[request.request_id] = request
         if request.deadline is not None:
             self._watch_deadline(request, request.deadline)
-        self.scheduler.add(request)
         return request.request_id
 
     def abort(self, request_id: str) -> bool:
@@ -147,6 +147,7 @@ class Engine:
         return outputs
 
     def _run(self, batch: ScheduledBatch) -> None:
+        self._start_clocks(batch)
         if batch.copies:
             self.runner.copy_blocks(batch.copies)
         logits = self.runner.run(batch.to_forward())
@@ -167,9 +168,12 @@ class Engine:
     def _count(self, batch: ScheduledBatch) -> None:
         self._steps += 1
         self._max_batch_size = max(self._max_batch_size, len(batch.rows))
-        now = self._clock()
         for row in batch.rows:
             self._prefilled += max(0, min(row.end, row.sequence.prompt_length) - row.start)
+
+    def _start_clocks(self, batch: ScheduledBatch) -> None:
+        now = self._clock()
+        for row in batch.rows:
             if not row.request.started:
                 row.request.started = True
                 row.request.metrics.queued_s = now - row.request.arrival_time
@@ -324,7 +328,7 @@ def _as_failure(request: Request, error: Exception) -> RequestFailedError:
     memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
     advice = "; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory" if memory else ""
     failure = RequestFailedError(f"request {request.request_id!r} failed: {type(error).__name__}: {error}{advice}")
-    failure.__cause__ = error
+    failure.__cause__ = error.with_traceback(None)  # its frames hold logits and activations
     return failure
 
 

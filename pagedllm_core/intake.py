@@ -18,7 +18,7 @@ import numpy as np
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.decode.beam import BeamRule, BeamState
 from pagedllm_core.decode.detokenize import Decode
-from pagedllm_core.decode.processors import LogitsRules
+from pagedllm_core.decode.processors import LogitsRules, takes_prompt
 from pagedllm_core.errors import CapacityError, ContextLengthError, InvalidRequestError
 from pagedllm_core.kv.hashing import root_hash
 from pagedllm_core.model.interface import Runner
@@ -93,16 +93,22 @@ class Intake:
             sampling=sampling,
             rules=rules,
             decode=self._decoder(params.skip_special_tokens),
-            root_hash=root_hash(self._runner.model_name, params.cache_salt, private),
+            root_hash=self._root_hash(params.cache_salt, private),
             max_tokens=limit,
             arrival_time=arrival_time,
             deadline=None if timeout is None else arrival_time + _checked_timeout(timeout),
             priority=_checked_priority(priority),
-            share_key=share_key,
-            stream=stream and params.width == params.n and not params.use_beam_search,
+            share_key=_checked_share_key(share_key),
+            stream=stream and params.best_of is None and not params.use_beam_search,
             beams=_beam_state(params, len(set(rules.end_token_ids)), limit) if params.use_beam_search else None,
             prompt_logprobs=None if params.prompt_logprobs is None else [],
         )
+
+    def _root_hash(self, salt: str | None, private: str | None) -> bytes:
+        try:
+            return root_hash(self._runner.model_name, salt, private)
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"cache_salt: is not valid Unicode ({error})") from None
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -165,7 +171,10 @@ class Intake:
 
     def _check_ids(self, field: str, token_ids: Iterable[int]) -> None:
         """Every id field goes through here; the limit is the logits' width, not the tokenizer's length."""
-        ids = np.fromiter(token_ids, dtype=np.int64)
+        try:
+            ids = np.fromiter(token_ids, dtype=np.int64)
+        except OverflowError:
+            raise InvalidRequestError(f"{field}: an id does not fit 64 bits, so it is in no vocabulary") from None
         wrong = ids[(ids < 0) | (ids >= self._runner.vocab_size)]
         if len(wrong):
             raise InvalidRequestError(
@@ -181,7 +190,8 @@ class Intake:
                 if ids and ids not in words:
                     words.append(ids)
         eos = () if params.ignore_eos else tuple(self._runner.eos_token_ids)
-        return LogitsRules(params, sampling.repetition_penalty, eos, tuple(words))
+        with_prompt = tuple(takes_prompt(processor) for processor in params.logits_processors or ())
+        return LogitsRules(params, sampling.repetition_penalty, eos, tuple(words), with_prompt)
 
     def _decoder(self, skip_special_tokens: bool) -> Decode | None:
         tokenizer = self._runner.tokenizer
@@ -209,8 +219,6 @@ def _checked_ids(value: Any) -> list[int]:
             f"prompt={value!r:.80}: must be a str, a list of int token ids, {{'prompt': str}} or "
             "{'prompt_token_ids': list of int}"
         )
-    if value and not -(2**63) <= min(value) <= max(value) < 2**63:
-        raise InvalidRequestError("prompt_token_ids: an id does not fit 64 bits, so it is in no vocabulary")
     return list(value)
 
 
@@ -226,6 +234,12 @@ def _checked_priority(priority: int) -> int:
     if type(priority) is not int:
         raise InvalidRequestError(f"priority={priority!r}: must be an int; lower is more urgent")
     return priority
+
+
+def _checked_share_key(share_key: str | None) -> str | None:
+    if share_key is not None and not isinstance(share_key, str):
+        raise InvalidRequestError(f"share_key={share_key!r:.80}: must be a str or None")
+    return share_key
 
 
 def _checked_timeout(timeout: float) -> float:

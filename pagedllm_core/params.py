@@ -52,7 +52,7 @@ class SamplingParams(ValidatedModel):
     n: int = Field(1, ge=1, strict=True, description="Number of sequences to return.")
     best_of: int | None = Field(None, ge=1, strict=True, description="Sequences to generate; the best `n` come back.")
     use_beam_search: bool = Field(False, description="Beam search instead of sampling.")
-    length_penalty: float = Field(1.0, description="Beams: exponent of the length in the final score.")
+    length_penalty: float = Field(1.0, ge=-100, le=100, description="Beams: exponent of the length in the final score.")
     early_stopping: bool | Literal["never"] = Field(False, description="Beams: when to stop.")
     temperature: float | None = Field(None, ge=0, description="0 is greedy; default 1.0 or the model's.")
     top_p: float | None = Field(None, gt=0, le=1, description="Nucleus sampling; default 1.0 or the model's.")

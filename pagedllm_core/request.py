@@ -128,6 +128,7 @@ class Request:
         state: Where it is in its life.
         started: True once it has taken part in a step.
         prompt_logprobs: Filled while the prompt is computed, where asked for.
+        prompt_scored: True once they were handed out.
         beams: The state of its beam search, or None where it samples.
         metrics: Times and counts.
     """
@@ -151,6 +152,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     started: bool = False
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_scored: bool = False
     beams: BeamState[Sequence] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from pagedllm_core.outputs import CompletionOutput, RequestOutput
 
 if TYPE_CHECKING:
     from pagedllm_core.async_engine import AsyncEngine
+
+logger = logging.getLogger("pagedllm")
 
 Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
@@ -58,7 +61,8 @@ class Mailbox:
         self._read = 0
         self._error: PagedLLMError | None = None
         self._waiters: list[Waiter] = []
-        self._loop: asyncio.AbstractEventLoop | None = None  # of whoever waited last, None for a thread
+        self._last: Waiter | None = None  # who waited last on an event loop
+        self._threads = 0  # threads that wait
         self._callbacks: list[Callable[[], None]] = []
         self.finished = False
 
@@ -76,7 +80,10 @@ class Mailbox:
             callbacks = self._callbacks if self.finished else []
             self._condition.notify_all()
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception:
+                logger.exception("a done callback raised")
         return waiters
 
     def take(self) -> RequestOutput | None:
@@ -99,8 +106,11 @@ class Mailbox:
     def wait(self, whole: bool, timeout: float | None = None) -> bool:
         """Block until there is news (or, with `whole`, the end); False when the time is over."""
         with self._condition:
-            self._loop = None
-            return self._condition.wait_for(lambda: self._has_news(whole), timeout)
+            self._threads += 1
+            try:
+                return self._condition.wait_for(lambda: self._has_news(whole), timeout)
+            finally:
+                self._threads -= 1
 
     async def wait_async(self, whole: bool) -> None:
         """Wait on the running loop until there is news (or, with `whole`, the end)."""
@@ -110,14 +120,15 @@ class Mailbox:
                 if self._has_news(whole):
                     return
                 future: asyncio.Future[None] = loop.create_future()
-                self._loop = loop
-                self._waiters.append((loop, future))
+                self._last = (loop, future)
+                self._waiters.append(self._last)
             await future
 
     @property
     def abandoned(self) -> bool:
-        """True where whoever waited last did so on an event loop that is closed by now."""
-        return self._loop is not None and self._loop.is_closed()
+        """True where whoever waits does so on an event loop that was closed without cancelling it."""
+        last = self._last
+        return last is not None and not self._threads and last[0].is_closed() and not last[1].done()
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the engine's thread at the end, or at once if that has been."""
@@ -157,12 +168,12 @@ class RequestHandle:
     def __init__(self, request_id: str, engine: AsyncEngine, mailbox: Mailbox) -> None:
         self.request_id = request_id
         self._engine = engine  # keeps the engine alive while somebody waits
-        self._mailbox = mailbox
+        self.mailbox = mailbox
 
     @property
     def finished(self) -> bool:
         """True once the request has ended, in whatever way."""
-        return self._mailbox.finished
+        return self.mailbox.finished
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Block until the request has ended.
@@ -174,9 +185,10 @@ class RequestHandle:
             RequestTimeoutError: Not finished in time.
             PagedLLMError: The request failed.
         """
-        if not self._mailbox.wait(whole=True, timeout=timeout):
+        self._engine.check_process()
+        if not self.mailbox.wait(whole=True, timeout=timeout):
             raise RequestTimeoutError(f"request {self.request_id!r} is not finished after timeout={timeout} s")
-        return self._mailbox.result()
+        return self.mailbox.result()
 
     async def aresult(self) -> RequestOutput:
         """Wait on the running event loop until the request has ended.
@@ -184,23 +196,25 @@ class RequestHandle:
         Raises:
             PagedLLMError: The request failed.
         """
-        await self._mailbox.wait_async(whole=True)
-        return self._mailbox.result()
+        self._engine.check_process()
+        await self.mailbox.wait_async(whole=True)
+        return self.mailbox.result()
 
     def cancel(self) -> None:
         """End the request now; its blocks are free within a step. Harmless if it has ended."""
-        self._engine.abort(self.request_id)
+        self._engine.cancel(self)
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the engine's thread once the request has ended; it must be quick."""
-        self._mailbox.add_done_callback(callback)
+        self.mailbox.add_done_callback(callback)
 
     def __iter__(self) -> Iterator[RequestOutput]:
         """What is new, blocking in between, up to the output that is finished."""
+        self._engine.check_process()
         try:
             while True:
-                self._mailbox.wait(whole=False)
-                output = self._mailbox.take()
+                self.mailbox.wait(whole=False)
+                output = self.mailbox.take()
                 if output is None:
                     return
                 yield output
@@ -212,10 +226,11 @@ class RequestHandle:
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         """What is new, up to the output that is finished; waits on the running event loop."""
+        self._engine.check_process()
         try:
             while True:
-                await self._mailbox.wait_async(whole=False)
-                output = self._mailbox.take()
+                await self.mailbox.wait_async(whole=False)
+                output = self.mailbox.take()
                 if output is None:
                     return
                 yield output

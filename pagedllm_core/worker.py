@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from pagedllm_core.engine import Engine
-from pagedllm_core.errors import EngineClosedError, InvalidRequestError, PagedLLMError
+from pagedllm_core.errors import EngineClosedError, InvalidRequestError, PagedLLMError, RequestFailedError
 from pagedllm_core.outputs import RequestOutput
 from pagedllm_core.request import Request
 from pagedllm_core.streams import Mailbox, Waiter, wake
@@ -62,14 +62,23 @@ class EngineWorker:
 
     def check_open(self) -> None:
         """Raise what a new request would meet: the error that closed the engine."""
+        self.check_process()
+        if self.error is not None:
+            raise EngineClosedError(str(self.error))  # a new one: a shared one would gather everybody's traceback
+
+    def check_process(self) -> None:
+        """Raise where this process is a fork of the one that made the engine: its thread is not here."""
         if self._pid != os.getpid():
             raise EngineClosedError("the engine belongs to the parent process; make a new one after os.fork()")
-        if self.error is not None:
-            raise self.error
 
     def abort(self, request_id: str) -> None:
-        """End a request before the next step. May be called from anywhere, a finalizer included."""
+        """End the request that has this id before the next step."""
         self._inbox.put(lambda: self._abort(request_id))
+
+    def cancel(self, request_id: str, mailbox: Mailbox) -> None:
+        """`abort` for one request and no later one of its id. May be called from anywhere, a finalizer included."""
+        if not mailbox.finished:
+            self._inbox.put(lambda: self._cancel(request_id, mailbox))
 
     def call(self, function: Callable[[], Result]) -> Result:
         """Run `function` on the engine's thread between two steps, and return its result."""
@@ -140,9 +149,16 @@ class EngineWorker:
             self.core.enqueue(request)
         except PagedLLMError as error:
             self._deliver([_failed_output(request.request_id, error)])
+        except Exception as error:
+            logger.exception("queueing a request failed")
+            self._deliver([_failed_output(request.request_id, RequestFailedError(f"{type(error).__name__}: {error}"))])
 
     def _abort(self, request_id: str) -> None:
         self.core.abort(request_id)
+
+    def _cancel(self, request_id: str, mailbox: Mailbox) -> None:
+        if self._mailboxes.get(request_id) is mailbox:
+            self.core.abort(request_id)
 
     def _abort_abandoned(self) -> None:
         """End requests that were awaited on an event loop which has been closed since."""
@@ -155,12 +171,10 @@ class EngineWorker:
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         waiters: list[Waiter] = []
         for output in outputs:
-            mailbox = self._mailboxes.get(output.request_id)
-            if mailbox is None:
-                continue
-            if output.finished:
-                del self._mailboxes[output.request_id]
-            waiters.extend(mailbox.put(output))
+            find = self._mailboxes.pop if output.finished else self._mailboxes.get
+            mailbox = find(output.request_id, None)
+            if mailbox is not None:
+                waiters.extend(mailbox.put(output))
         if waiters:
             wake(waiters)
 

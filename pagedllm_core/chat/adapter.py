@@ -37,7 +37,7 @@ class EngineSource:
     def __init__(self, config: EngineConfig, engine: AsyncEngine | None = None, token: str | None = None) -> None:
         self._config = config
         self._given = engine
-        self._token = token
+        self.token = token
         self._shared: weakref.ref[AsyncEngine] | None = None
         self._loading: Future[AsyncEngine] | None = None
         self._lock = threading.Lock()
@@ -78,7 +78,7 @@ class EngineSource:
         from pagedllm_core.registry import get_engine
 
         try:
-            with _token_in_environment(self._token):
+            with _token_in_environment(self.token):
                 engine = get_engine(self._config)
         except BaseException as error:  # whoever waits gets it
             with self._lock:
@@ -109,8 +109,10 @@ _SOURCES: dict[EngineConfig, EngineSource] = {}
 
 def shared_engine(config: EngineConfig, token: str | None = None) -> EngineSource:
     """Where to get the process's engine of this configuration; `token` counts when it has to be downloaded."""
-    source = _SOURCES.get(config)
-    return source or _SOURCES.setdefault(config, EngineSource(config, token=token))
+    source = _SOURCES.get(config) or _SOURCES.setdefault(config, EngineSource(config))
+    if token is not None:
+        source.token = token  # whoever has one gives it to all who ask for this model
+    return source
 
 
 @dataclass(frozen=True)

@@ -39,14 +39,19 @@ def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
     """
     failures: Failures = {}
     choices, beams = _collect(batch, logits, failures)
-    for request, rows in beams.items():
+    if choices:
+        _advance_samples(choices, logits, failures)
+    for request, rows in beams.items():  # last: nothing that concerns the whole batch can fail after a beam moved
         try:
             if request.beams is not None:
                 advance_beams(request, request.beams, logits[rows])
         except Exception as error:
             failures[request] = _failed(request, error)
-    if not choices:
-        return failures
+    return failures
+
+
+def _advance_samples(choices: list[Choice], logits: torch.Tensor, failures: Failures) -> None:
+    """Choose and add one token for each of the choices."""
     chosen = [choice.row for choice in choices]
     raw = logits if chosen == list(range(len(logits))) else logits[chosen]
     tokens = _choose(choices, raw, failures)
@@ -58,7 +63,6 @@ def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
             _append(_child(choice), choice.request, token, scored, position)
         except Exception as error:
             failures[choice.request] = _failed(choice.request, error)
-    return failures
 
 
 def _collect(
@@ -159,10 +163,15 @@ def _num_logprobs(request: Request) -> int | None:
     params = request.params
     if params.logprobs is not None:
         return params.logprobs
-    return 0 if params.width > params.n else None
+    return 0 if params.best_of is not None and not params.use_beam_search else None
 
 
 def _failed(request: Request, error: Exception) -> PagedLLMError:
+    # Frames of a traceback hold the batch's logits; whoever keeps the error must not keep those.
+    cause = error.__cause__
+    if cause is not None:
+        error.__cause__ = cause.with_traceback(None)
+    error = error.with_traceback(None)
     if isinstance(error, PagedLLMError):
         return error
     failure = RequestFailedError(f"request {request.request_id!r} failed: {type(error).__name__}: {error}")

@@ -45,7 +45,7 @@ def advance_beams(request: Request, state: BeamState[Sequence], logits: torch.Te
         return tried[candidate]
 
     def is_end(candidate: Candidate) -> bool:
-        return candidate.token in ends or (bool(request.params.stop) and attempt(candidate).finished)
+        return (candidate.token in ends or bool(request.params.stop)) and attempt(candidate).finished
 
     going_on, done = state.step(candidates, parents[0].num_generated + 1, is_end, attempt)
     if done:

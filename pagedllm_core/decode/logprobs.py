@@ -31,7 +31,7 @@ class ScoredTokens:
     def entry(self, row: int, count: int, decode: Decode | None) -> dict[int, Logprob]:
         """The row's dictionary: the chosen token first, then the `count` most likely ones."""
         found = {self.tokens[row]: (self.chosen[row], self.ranks[row])}
-        for place in range(count):
+        for place in range(min(count, len(self.top_tokens[row]))):
             found.setdefault(self.top_tokens[row][place], (self.top[row][place], place + 1))
         return {
             token: Logprob(logprob, rank, decode([token]) if decode else "") for token, (logprob, rank) in found.items()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,12 +29,14 @@ class LogitsRules:
         repetition_penalty: With the model's default filled in; 1.0 is off.
         eos_token_ids: The model's end tokens, empty where the request ignores them.
         bad_word_ids: Token sequences of the bad words; the last token of each is what is forbidden.
+        takes_prompt: For each of the caller's functions, whether it takes the prompt's ids as well.
     """
 
     params: SamplingParams
     repetition_penalty: float
     eos_token_ids: tuple[int, ...]
     bad_word_ids: tuple[tuple[int, ...], ...]
+    takes_prompt: tuple[bool, ...] = ()
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -91,8 +92,8 @@ class LogitsRules:
             unique, counts = np.unique(np.asarray(sequence.output_token_ids), return_counts=True)
             penalty = torch.from_numpy(params.frequency_penalty * counts + params.presence_penalty)
             logits[torch.from_numpy(unique).to(logits.device)] -= penalty.to(logits.device, logits.dtype)
-        for processor in params.logits_processors or ():
-            logits = _call_processor(processor, sequence, logits)
+        for processor, takes_prompt in zip(params.logits_processors or (), self.takes_prompt, strict=True):
+            logits = _call_processor(processor, takes_prompt, sequence, logits)
         return logits
 
     def _bad_next_tokens(self, sequence: Sequence) -> list[int]:
@@ -110,23 +111,25 @@ def _index(token_ids: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(token_ids, dtype=torch.int64, device=device)
 
 
-@lru_cache(maxsize=256)
-def _takes_prompt(processor: LogitsProcessor) -> bool:
+def takes_prompt(processor: LogitsProcessor) -> bool:
     """True where the function takes (prompt ids, output ids, logits) rather than (output ids, logits)."""
     try:
         parameters = inspect.signature(processor).parameters.values()
     except (TypeError, ValueError):
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(parameter.kind in positional for parameter in parameters) >= 3
+    needed = [one for one in parameters if one.kind in positional and one.default is inspect.Parameter.empty]
+    return len(needed) >= 3
 
 
-def _call_processor(processor: LogitsProcessor, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
+def _call_processor(
+    processor: LogitsProcessor, with_prompt: bool, sequence: Sequence, logits: torch.Tensor
+) -> torch.Tensor:
     output = sequence.output_token_ids
     prompt = sequence.token_ids[: sequence.prompt_length]
     try:
-        result = processor(prompt, output, logits) if _takes_prompt(processor) else processor(output, logits)
-    except Exception as error:
+        result = processor(prompt, output, logits) if with_prompt else processor(output, logits)
+    except BaseException as error:  # SystemExit too: it is the caller's code on the engine's thread
         raise RequestFailedError(f"logits_processors: {processor!r} raised {type(error).__name__}: {error}") from error
     if not isinstance(result, torch.Tensor) or result.shape != logits.shape:
         found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__

@@ -290,6 +290,67 @@ async def test_a_dead_engine_answers_everybody() -> None:
     engine.close()
 
 
+def test_a_late_cancel_or_a_dropped_handle_spares_the_next_request_of_the_same_id(engine: AsyncEngine) -> None:
+    params = SamplingParams(max_tokens=8)
+    handle = engine.submit([1, 2], params, request_id="a")
+    handle.result()
+    old, handle = handle, engine.submit([1, 2], params, request_id="a")
+    old.cancel()
+    del old
+    gc.collect()
+    assert handle.result().outputs[0].token_ids == expected_greedy([1, 2], 8, VOCAB)
+
+
+def test_a_done_callback_that_raises_hurts_nobody(engine: AsyncEngine) -> None:
+    def broken() -> None:
+        raise ValueError("oops")
+
+    handles = [engine.submit([number], SamplingParams(max_tokens=8)) for number in range(2)]
+    handles[0].add_done_callback(broken)
+    assert all(handle.result().finished for handle in handles)
+    assert engine.health()
+
+
+def test_a_processor_that_exits_fails_its_own_request(engine: AsyncEngine) -> None:
+    def leave(output: list[int], logits: object) -> object:
+        raise SystemExit
+
+    good = engine.submit([2], SamplingParams(max_tokens=8))
+    with pytest.raises(RequestFailedError, match="SystemExit"):
+        engine.submit([1], SamplingParams(logits_processors=[leave])).result()
+    assert good.result().finished
+    assert engine.health()
+
+
+def test_a_loop_that_peeked_and_ended_properly_leaves_the_request_alone() -> None:
+    runner = FakeRunner()
+    gate = Gate(runner)
+    with make(runner) as engine:
+        handle = engine.submit([3], SamplingParams(max_tokens=8))
+
+        async def peek() -> None:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.shield(handle.aresult()), 0.001)
+
+        asyncio.run(peek())
+        gate.release()
+        assert handle.result().outputs[0].token_ids == expected_greedy([3], 8, VOCAB)
+
+
+def test_a_dropped_engine_does_not_crash_the_exit() -> None:
+    program = """
+from pagedllm_core import AsyncEngine, SamplingParams
+def run():
+    engine = AsyncEngine(model="tiny", kv_cache_memory="8MiB")
+    handle = engine.submit("Hello", SamplingParams(max_tokens=1000, ignore_eos=True))
+    next(iter(handle))
+run()
+"""
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_an_engine_that_nobody_names_closes_itself() -> None:
     runner = FakeRunner()
     engine = make(runner)

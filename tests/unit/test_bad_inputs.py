@@ -71,6 +71,9 @@ BAD_REQUESTS: list[tuple[str, Any, dict[str, Any]]] = [
     ("allowed_token_ids", [1], {"allowed_token_ids": [61]}),
     ("stop_token_ids", [1], {"stop_token_ids": [61]}),
     ("stop_token_ids", [1], {"stop_token_ids": [-5]}),
+    ("stop_token_ids", [1], {"stop_token_ids": [2**70]}),
+    ("logit_bias", [1], {"logit_bias": {2**70: 1.0}}),
+    ("cache_salt", [1], {"cache_salt": "\ud800"}),
     ("n=65", [1], {"n": 65, "temperature": 1.0}),
     ("best_of=65", [1], {"best_of": 65, "temperature": 1.0}),
     ("n=17", [1], {"n": 17, "temperature": 1.0}),
@@ -103,6 +106,7 @@ def test_requests_name_the_field_and_the_running_one_is_unchanged() -> None:
         ({"timeout": math.nan}, "timeout"),
         ({"request_id": ""}, "request_id"),
         ({"priority": "high"}, "priority"),
+        ({"share_key": ["x"]}, "share_key"),
     ]:
         with pytest.raises(InvalidRequestError, match=field):
             engine.add([1], **options)
@@ -118,6 +122,7 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("dtype", {"model": "m", "dtype": "int8"}),
     ("kv_cache_memory", {"model": "m", "kv_cache_memory": "lots"}),
     ("kv_cache_memory", {"model": "m", "kv_cache_memory": 0}),
+    ("kv_cache_memory", {"model": "m", "kv_cache_memory": 1e9}),
     ("block_size", {"model": "m", "block_size": 0}),
     ("max_num_seqs", {"model": "m", "max_num_seqs": 0}),
     ("max_num_batched_tokens", {"model": "m", "max_num_seqs": 64, "max_num_batched_tokens": 32}),

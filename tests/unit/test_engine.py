@@ -289,6 +289,27 @@ def test_no_token_left_to_choose_is_an_error_of_that_request() -> None:
     assert results["fine"].outputs[0].token_ids == expected_greedy([3, 4], 10, VOCAB)
 
 
+def test_a_search_that_ends_in_a_step_whose_sampling_fails_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagedllm_core.decode import advance
+
+    calls = []
+
+    def once(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise MemoryError
+        return original(*arguments)
+
+    original = advance.sample
+    monkeypatch.setattr(advance, "sample", once)
+    engine = fake_engine()
+    engine.add([1, 2, 3], SamplingParams(use_beam_search=True, n=2, max_tokens=1), request_id="beams")
+    engine.add([4, 5], SamplingParams(max_tokens=3), request_id="greedy")
+    results = run_all(engine)
+    assert [len(output.token_ids) for output in results["beams"].outputs] == [1, 1]
+    assert results["greedy"].outputs[0].token_ids == expected_greedy([4, 5], 3, VOCAB)
+
+
 def test_timeout_by_the_engines_clock() -> None:
     now = [0.0]
     engine = fake_engine()

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pagedllm_core.decode.processors import LogitsRules
+from pagedllm_core.decode.processors import LogitsRules, takes_prompt
 from pagedllm_core.decode.sample import Draw, keep_likely, nucleus_threshold, sample, uniform
 from pagedllm_core.kv.pool import BlockPool
 from pagedllm_core.kv.table import BlockTable
@@ -125,7 +125,8 @@ def test_allowed_bias_minimum_and_callers_processors() -> None:
         max_tokens=5,
         logits_processors=[two, three],
     )
-    result = LogitsRules(params, 1.0, (3,), ()).apply(row.clone(), past)
+    with_prompt = (takes_prompt(two), takes_prompt(three))
+    result = LogitsRules(params, 1.0, (3,), (), with_prompt).apply(row.clone(), past)
     assert result[4] == pytest.approx((float(row[4]) + 2.0 + 1) * 2)
     assert int(result.isfinite().sum()) == 1
     assert seen == [[5], ([1], [5])]
