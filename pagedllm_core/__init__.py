@@ -6,6 +6,7 @@ Importing this package brings in neither torch nor transformers; each name is im
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from pagedllm_core.registry import get_engine, list_engines, shutdown
 
 __version__ = "0.1.0"
+
+# OpenMP's default is to spin while it waits. As soon as anything else wants a core, a spinning thread takes it from the
+# one it waits for, and a step takes ten times as long. OpenMP reads this when torch is first imported.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 _HOMES = {
     "AsyncEngine": "async_engine",

@@ -48,7 +48,8 @@ class Watcher:
         place = torch.arange(length)
         scores = scores.masked_fill((place > positions[:, None])[:, None, :], float("-inf"))
         inside = (place >= starts[:, None]) & (place < ends[:, None])
-        return (scores.softmax(-1) * inside[:, None, :]).sum(-1)
+        mass: Tensor = (scores.softmax(-1) * inside[:, None, :]).sum(-1)
+        return mass
 
     def loss(self, sources: list[Source], head: int = HEAD) -> Tensor:
         """Minus the mean logarithm of the attention of one head to the sources."""

@@ -237,7 +237,7 @@ class Trainer:
             pointing = self.watcher.loss(sources)
             self.pointing = 0.97 * self.pointing + 0.03 * pointing.item()
             loss = loss + POINTING_WEIGHT * pointing
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.sum_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:

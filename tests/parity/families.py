@@ -81,7 +81,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma3_text": _config("gemma3_text", head_dim=16, sliding_window=WINDOW, layer_types=_SLIDING),
     "gpt2": _config("gpt2", n_embd=64, n_layer=3, n_head=4, n_positions=256),
     "opt": _config("opt", ffn_dim=96, word_embed_proj_dim=64),
-    "gpt_neox": _config("gpt_neox"),
+    "gpt_neox": _config("gpt_neox", use_parallel_residual=False),
     "qwen2_moe": _config(
         "qwen2_moe",
         _EXPERTS,
@@ -126,11 +126,13 @@ def spread_weights(model: nn.Module, seed: int) -> None:
     """Fill all weights in place, float32, from a seed."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    # A tied head would repeat the last token if its embedding outweighed what the layers add.
+    tied = 0.02 if getattr(model.config, "tie_word_embeddings", False) else 1.0
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.empty(parameter.shape).normal_(generator=generator)
             if id(parameter) in embeddings:
-                parameter.copy_(0.1 * noise)  # small, or a tied head would only repeat the last token
+                parameter.copy_(noise * (tied if parameter.shape[0] == VOCAB else 1.0))
             elif parameter.ndim >= 2:
                 parameter.copy_(1.5 * noise * parameter.shape[-1] ** -0.5)
             else:
