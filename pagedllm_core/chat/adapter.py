@@ -69,6 +69,11 @@ class EngineSource:
     def _load(self) -> Future[AsyncEngine]:
         """Load on a thread of its own, once for all who wait: a loop's default executor has few threads."""
         with self._lock:
+            engine = self.current()
+            if engine is not None:  # it was loaded since the caller looked
+                ready: Future[AsyncEngine] = Future()
+                ready.set_result(engine)
+                return ready
             if self._loading is None:
                 self._loading = Future()
                 threading.Thread(target=self._run_load, args=(self._loading,), daemon=True).start()
