@@ -61,7 +61,7 @@ class Mailbox:
         self._read = 0
         self._error: PagedLLMError | None = None
         self._waiters: list[Waiter] = []
-        self._last: Waiter | None = None  # who waited last on an event loop
+        self._last: Waiter | None = None  # who waits on an event loop (the last to come)
         self._threads = 0  # threads that wait
         self._callbacks: list[Callable[[], None]] = []
         self.finished = False
@@ -122,13 +122,16 @@ class Mailbox:
                 future: asyncio.Future[None] = loop.create_future()
                 self._last = (loop, future)
                 self._waiters.append(self._last)
-            await future
+            try:
+                await future
+            finally:  # reached however the wait ends, but not when the loop is closed under it
+                self._last = None
 
     @property
     def abandoned(self) -> bool:
         """True where whoever waits does so on an event loop that was closed without cancelling it."""
         last = self._last
-        return last is not None and not self._threads and last[0].is_closed() and not last[1].done()
+        return last is not None and not self._threads and last[0].is_closed()
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the engine's thread at the end, or at once if that has been."""
