@@ -18,8 +18,8 @@ from pagedllm_core.errors import (
     EngineClosedError,
     InvalidRequestError,
     PagedLLMError,
-    RequestFailedError,
     RequestTimeoutError,
+    as_failure,
 )
 from pagedllm_core.intake import Intake, Prompt
 from pagedllm_core.kv.pool import BlockPool
@@ -114,7 +114,7 @@ class Engine:
         try:
             finish_early(request, "abort")
         except Exception as error:  # a tokenizer that fails on the text must not keep the blocks
-            return self._fail(request, _as_failure(request, error))
+            return self._fail(request, as_failure(request.request_id, error))
         self._retire(request)
         self._outbox.append(build_output(request))
         return True
@@ -163,7 +163,7 @@ class Engine:
                 try:
                     self._settle(request)
                 except Exception as error:
-                    self._fail(request, _as_failure(request, error))
+                    self._fail(request, as_failure(request.request_id, error))
 
     def _count(self, batch: ScheduledBatch) -> None:
         self._steps += 1
@@ -251,7 +251,7 @@ class Engine:
             self.scheduler.preempt(request)
         if suspect is not None:
             logger.warning("request %r failed alone: %s: %s", suspect.request_id, type(error).__name__, error)
-            self._fail(suspect, _as_failure(suspect, error))
+            self._fail(suspect, as_failure(suspect.request_id, error))
             return
         if not culprits and (head := self.scheduler.waiting.peek()) is not None:
             culprits = [head]
@@ -322,14 +322,6 @@ class Engine:
         """Outputs that no `step` has returned yet; after `close`, the errors of the requests it ended."""
         outputs, self._outbox = self._outbox, []
         return outputs
-
-
-def _as_failure(request: Request, error: Exception) -> RequestFailedError:
-    memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
-    advice = "; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory" if memory else ""
-    failure = RequestFailedError(f"request {request.request_id!r} failed: {type(error).__name__}: {error}{advice}")
-    failure.__cause__ = error.with_traceback(None)  # its frames hold logits and activations
-    return failure
 
 
 def _load(config: EngineConfig) -> Runner:

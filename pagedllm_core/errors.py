@@ -61,3 +61,20 @@ class RequestFailedError(PagedLLMError):
 
 class EngineClosedError(PagedLLMError):
     """The engine was closed, before or while the request ran."""
+
+
+def as_failure(request_id: str, error: Exception) -> PagedLLMError:
+    """What the owner of a failed request gets: the error itself if it is typed, else one that names it.
+
+    Tracebacks are dropped: their frames hold logits and activations, which whoever keeps the error must not keep.
+    """
+    if error.__cause__ is not None:
+        error.__cause__ = error.__cause__.with_traceback(None)
+    error = error.with_traceback(None)
+    if isinstance(error, PagedLLMError):
+        return error
+    memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    advice = "; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory" if memory else ""
+    failure = RequestFailedError(f"request {request_id!r} failed: {type(error).__name__}: {error}{advice}")
+    failure.__cause__ = error
+    return failure

@@ -11,7 +11,7 @@ from pagedllm_core.decode.beam_step import advance_beams, conclude_early
 from pagedllm_core.decode.finish import finish_sequence, take_token
 from pagedllm_core.decode.logprobs import ScoredTokens, score_tokens
 from pagedllm_core.decode.sample import Draw, sample
-from pagedllm_core.errors import NO_TOKEN, PagedLLMError, RequestFailedError
+from pagedllm_core.errors import NO_TOKEN, PagedLLMError, RequestFailedError, as_failure
 from pagedllm_core.request import Request, Sequence
 
 Failures = dict[Request, PagedLLMError]
@@ -46,7 +46,7 @@ def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
             if request.beams is not None:
                 advance_beams(request, request.beams, logits[rows])
         except Exception as error:
-            failures[request] = _failed(request, error)
+            failures[request] = as_failure(request.request_id, error)
     return failures
 
 
@@ -62,7 +62,7 @@ def _advance_samples(choices: list[Choice], logits: torch.Tensor, failures: Fail
         try:
             _append(_child(choice), choice.request, token, scored, position)
         except Exception as error:
-            failures[choice.request] = _failed(choice.request, error)
+            failures[choice.request] = as_failure(choice.request.request_id, error)
 
 
 def _collect(
@@ -82,7 +82,7 @@ def _collect(
             try:
                 _score_prompt(request, start, logits[first : first + count])
             except Exception as error:
-                failures[request] = _failed(request, error)
+                failures[request] = as_failure(request.request_id, error)
         if samples and request.beams is not None:
             beams.setdefault(request, []).append(first + count - 1)
         elif samples and request not in failures:
@@ -104,7 +104,7 @@ def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> tor
                 try:
                     logits[row] = choice.request.rules.apply(logits[row], choice.sequence)
                 except Exception as error:
-                    failures[choice.request] = _failed(choice.request, error)
+                    failures[choice.request] = as_failure(choice.request.request_id, error)
     possible = logits.amax(dim=-1).isfinite()
     if not bool(possible.all()):
         for row in (~possible).nonzero().flatten().tolist():
@@ -164,16 +164,3 @@ def _num_logprobs(request: Request) -> int | None:
     if params.logprobs is not None:
         return params.logprobs
     return 0 if params.best_of is not None and not params.use_beam_search else None
-
-
-def _failed(request: Request, error: Exception) -> PagedLLMError:
-    # Frames of a traceback hold the batch's logits; whoever keeps the error must not keep those.
-    cause = error.__cause__
-    if cause is not None:
-        error.__cause__ = cause.with_traceback(None)
-    error = error.with_traceback(None)
-    if isinstance(error, PagedLLMError):
-        return error
-    failure = RequestFailedError(f"request {request.request_id!r} failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
