@@ -30,11 +30,15 @@ class ScheduledBatch:
 
     Attributes:
         rows: The sequences that compute, in order.
+        swap_out: (device, host) blocks to copy first.
+        swap_in: (host, device) blocks to copy next.
         copies: (source, destination) blocks to copy before the forward pass.
         exhausted: Requests that cannot grow although they have the pool to themselves.
     """
 
     rows: list[ScheduledRow] = field(default_factory=list)
+    swap_out: list[tuple[int, int]] = field(default_factory=list)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     exhausted: list[Request] = field(default_factory=list)
 

@@ -72,7 +72,9 @@ class EngineConfig(ValidatedModel):
     kv_cache_memory: int | None = Field(None, description='Bytes of the KV pool, or e.g. "2GiB"; wins over the next.')
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of GPU memory the engine may use.")
     kv_cache_dtype: str = Field("auto", description="Type of the KV cache; only auto (the model's) for now.")
-    swap_space: float | None = Field(None, ge=0, description="GiB of host memory for swapped blocks.")
+    swap_space: float | None = Field(
+        None, ge=0, description="GiB of host memory for preempted requests; by default 4 beside a GPU, else 0."
+    )
     max_num_seqs: int = Field(256, ge=1, description="Most sequences in one step.")
     max_num_batched_tokens: int = Field(2048, ge=1, description="Most tokens computed in one step.")
     scheduling_policy: Literal["fcfs", "priority", "fair"] = Field("fcfs", description="Order of the waiting requests.")
@@ -111,7 +113,6 @@ class EngineConfig(ValidatedModel):
             "quantization": self.quantization is not None,
             "load_format": self.load_format == "gguf",
             "kv_cache_dtype": self.kv_cache_dtype != "auto",
-            "swap_space": bool(self.swap_space),
             "deterministic": self.deterministic,
             "tensor_parallel_size": self.tensor_parallel_size != 1,
         }

@@ -58,7 +58,12 @@ class Engine:
         self.runner = _load(config) if runner is None else runner
         self.pool = BlockPool(self.runner.num_blocks, retain=config.enable_prefix_caching)
         self.scheduler = Scheduler(
-            self.pool, config.block_size, config.max_num_seqs, config.max_num_batched_tokens, config.scheduling_policy
+            self.pool,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.scheduling_policy,
+            self.runner.num_host_blocks,
         )
         self.intake = Intake(config, self.runner, clock)
         self._clock = clock
@@ -69,6 +74,8 @@ class Engine:
         self._outbox: list[RequestOutput] = []
         self._steps = self._max_batch_size = self._prefilled = self._generated = 0
         self._closed = False
+        if self.runner.num_host_blocks:
+            self._measure_copies()
 
     def add(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> str:
         """Validate and queue one request; returns its id.
@@ -135,6 +142,7 @@ class Engine:
         try:
             batch = self.scheduler.schedule(only=suspect)
             self._finish_exhausted(batch)
+            self._move_blocks(batch)
             if batch.rows:
                 self._run(batch)
             elif self.scheduler.has_work and not batch.exhausted and not self._outbox:
@@ -146,14 +154,37 @@ class Engine:
         outputs, self._outbox = self._outbox, []
         return outputs
 
-    def _run(self, batch: ScheduledBatch) -> None:
-        self._start_clocks(batch)
+    def _move_blocks(self, batch: ScheduledBatch) -> None:
+        """Everything that is copied before the forward pass; what leaves first, as its place may be taken."""
+        self._timed_copy(self.runner.swap_out, batch.swap_out)
+        self._timed_copy(self.runner.swap_in, batch.swap_in)
         if batch.copies:
             self.runner.copy_blocks(batch.copies)
+        if not batch.rows:
+            self.scheduler.commit()
+
+    def _timed_copy(self, copy: Callable[[list[tuple[int, int]]], None], moves: list[tuple[int, int]]) -> None:
+        if moves:
+            started = self._clock()
+            copy(moves)
+            self.scheduler.swap.costs.copy.add(len(moves), self._clock() - started)
+
+    def _measure_copies(self) -> None:
+        """Time small and larger copies while the pool is still empty, so that the first preemption can choose."""
+        for count in (1, min(self.pool.total, self.runner.num_host_blocks, 32)):
+            moves = [(block, block) for block in range(count)]
+            self.runner.swap_out(moves)  # the first copy to a page takes longer
+            self._timed_copy(self.runner.swap_out, moves)
+            self._timed_copy(self.runner.swap_in, moves)
+
+    def _run(self, batch: ScheduledBatch) -> None:
+        self._start_clocks(batch)
+        started = self._clock()
         logits = self.runner.run(batch.to_forward())
         chosen = sum(1 if row.request.forked else row.request.width for row in batch.rows if row.samples)
-        self.pool.commit()
+        self.scheduler.commit()
         failures = advance(batch, logits)
+        self.scheduler.swap.costs.step.add(batch.num_tokens, self._clock() - started)
         self._generated += chosen
         self._count(batch)
         for request, error in failures.items():
@@ -244,7 +275,7 @@ class Engine:
 
         Rewinding costs little, as blocks sealed in earlier steps are found again in the prefix cache.
         """
-        self.pool.withdraw()
+        self.scheduler.withdraw()
         running = list(self.scheduler.running)
         culprits = list(dict.fromkeys(row.request for row in batch.rows)) or running
         for request in running:
@@ -275,6 +306,7 @@ class Engine:
         return EngineStats(
             running=len(running),
             waiting=len(self.scheduler.waiting),
+            swapped=sum(request.swapped for request in self.scheduler.waiting),
             steps=self._steps,
             kv_blocks_total=self.pool.total,
             kv_blocks_used=self.pool.num_used,
@@ -305,9 +337,10 @@ class Engine:
         Raises:
             RuntimeError: An invariant does not hold.
         """
-        self.pool.check(
-            sequence.table.ids.tolist() for request in self._requests.values() for sequence in request.sequences
-        )
+        sequences = [sequence for request in self._requests.values() for sequence in request.sequences]
+        self.pool.check(sequence.table.ids.tolist() for sequence in sequences)
+        swapped = [sequence.swapped for sequence in sequences if sequence.swapped is not None]
+        self.scheduler.swap.pool.check(table.ids.tolist() for table in swapped)
 
     def close(self) -> None:
         """End every request with `EngineClosedError` (in `take_outputs`) and free the model. May be called twice."""

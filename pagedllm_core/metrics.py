@@ -12,7 +12,7 @@ class EngineStats:
     Attributes:
         running: Requests that hold blocks.
         waiting: Requests that wait for a seat or for blocks.
-        swapped: Requests whose blocks are in host memory (0 until swapping exists).
+        swapped: Of the waiting requests, those whose blocks are in host memory.
         steps: Forward passes so far.
         kv_blocks_total: Blocks of the pool.
         kv_blocks_used: Blocks some sequence reads.

@@ -36,6 +36,7 @@ class Sequence:
         self.token_ids = token_ids
         self.prompt_length = prompt_length
         self.table = table
+        self.swapped: BlockTable | None = None  # its blocks in host memory, while it waits there
         self.num_computed = 0
         self.cumulative_logprob = 0.0
         self.logprobs: list[dict[int, Logprob]] = []
@@ -101,6 +102,9 @@ class Sequence:
     def rewind(self) -> None:
         """Give all blocks back; the tokens stay, their keys and values are recomputed later."""
         self.table.release()
+        if self.swapped is not None:
+            self.swapped.release()
+            self.swapped = None
         self.num_computed = 0
 
 
@@ -165,6 +169,11 @@ class Request:
     def active(self) -> list[Sequence]:
         """Sequences that still generate."""
         return [sequence for sequence in self.sequences if sequence.finish_reason is None]
+
+    @property
+    def swapped(self) -> bool:
+        """True while its blocks are in host memory."""
+        return any(sequence.swapped is not None for sequence in self.sequences)
 
     @property
     def forked(self) -> bool:

@@ -3,7 +3,8 @@
 There is no prefill phase and no decode phase: every sequence lets `num_computed` catch up with `num_tokens`. A step's
 token budget goes first to sequences that lack one token (decoding), then to running requests with more to compute
 (prompts in chunks, resumed requests), then to newly admitted ones. When blocks run short the latest request is
-preempted: it gives its blocks back, keeps its age, and is recomputed later (SOSP 2023 "PagedAttention", section 4.5).
+preempted: it gives its blocks back, keeps its age, and is recomputed later, or its blocks wait in host memory where
+that costs less (SOSP 2023 "PagedAttention", section 4.5).
 
 Progress: the oldest running request always advances, because everything younger is preempted before it would wait; a
 request that is alone and still does not fit is reported as exhausted.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import bisect
 
 from pagedllm_core.batch import ScheduledBatch, ScheduledRow, wants_prompt_logprobs
+from pagedllm_core.kv.offload import SwapSpace
 from pagedllm_core.kv.pool import BlockPool
 from pagedllm_core.queue import POLICIES
 from pagedllm_core.request import Request, RequestState, Sequence
@@ -30,12 +32,20 @@ class Scheduler:
         max_num_seqs: Most sequences in a step.
         max_num_batched_tokens: Most tokens in a step; at least `max_num_seqs`.
         policy: Order of the waiting requests: "fcfs", "priority" or "fair".
+        num_host_blocks: Blocks of host memory for preempted requests; 0 recomputes them always.
     """
 
     def __init__(
-        self, pool: BlockPool, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, policy: str = "fcfs"
+        self,
+        pool: BlockPool,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: str = "fcfs",
+        num_host_blocks: int = 0,
     ) -> None:
         self.pool = pool
+        self.swap = SwapSpace(num_host_blocks, block_size)
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -64,11 +74,30 @@ class Scheduler:
         for sequence in request.sequences:
             sequence.rewind()
 
-    def preempt(self, request: Request) -> None:
-        """Send a running request back to wait; its tokens stay, its blocks are given back."""
+    def commit(self) -> None:
+        """The step succeeded: what it sealed and what it swapped out can be relied on."""
+        self.pool.commit()
+        self.swap.commit()
+
+    def withdraw(self) -> None:
+        """The step failed: nobody finds what it sealed or swapped out. Running requests must be preempted, too."""
+        self.pool.withdraw()
+        self.swap.withdraw()
+
+    def preempt(self, request: Request, batch: ScheduledBatch | None = None) -> None:
+        """Send a running request back to wait; its tokens stay, its blocks are given back.
+
+        Args:
+            request: A running request.
+            batch: The step that may copy the blocks to host memory; without one they are recomputed.
+        """
         self.running.remove(request)
-        for sequence in request.sequences:
-            sequence.rewind()
+        moves = None if batch is None else self.swap.swap_out(request)
+        if batch is None or moves is None:
+            for sequence in request.sequences:
+                sequence.rewind()
+        else:
+            batch.swap_out += moves
         request.state = RequestState.WAITING
         request.metrics.preemptions += 1
         self.num_preemptions += 1
@@ -106,14 +135,14 @@ class Scheduler:
                 continue
             needed = self._decode_blocks(active)
             while needed > self.pool.num_available and self.running[-1] is not request:
-                self.preempt(self.running[-1])
+                self.preempt(self.running[-1], batch)
             if needed <= self.pool.num_available:
                 for sequence in active:
                     self._assign(batch, request, sequence, 1)
             elif len(self.running) == 1:
                 batch.exhausted.append(request)
             else:
-                self.preempt(request)
+                self.preempt(request, batch)
         return catching_up
 
     def _decode_blocks(self, active: list[Sequence]) -> int:
@@ -196,13 +225,35 @@ class Scheduler:
                 if only.state is not RequestState.WAITING:
                     return
                 request = only
-            if request.seats > seats or (self.running and self._blocks_to_catch_up(request) > self.pool.num_available):
+            if request.seats > seats or not self._fits(batch, request):
                 return
             seats -= request.seats
             self.waiting.remove(request)
             self._start(request)
-            if not self._catch_up(batch, request):
+            catching_up = [request]
+            if request.swapped:
+                batch.swap_in += self.swap.swap_in(request, self.pool)
+                catching_up = self._schedule_decodes(batch, [request])
+            if self._schedule_chunks(batch, catching_up):
                 return
+
+    def _fits(self, batch: ScheduledBatch, request: Request) -> bool:
+        """True where the request can be admitted now. One that is alone always can, and shows then what it lacks.
+
+        What was swapped out comes back whole; where it lacks the room even alone, its host blocks are given up.
+        """
+        if not request.swapped:
+            return not self.running or self._blocks_to_catch_up(request) <= self.pool.num_available
+        tables = [one.swapped.ids.tolist() for one in request.sequences if one.swapped is not None]
+        blocks = len({block for table in tables for block in table})
+        # All of its sequences take the next step together, and each may need a new block for it.
+        rows, needed = len(request.active), blocks + len(request.active)
+        if needed <= self.pool.num_available:
+            return batch.num_tokens + rows <= self.max_num_batched_tokens
+        if not self.running:
+            for sequence in request.sequences:
+                sequence.rewind()
+        return not self.running
 
     def _start(self, request: Request) -> None:
         if request.metrics.preemptions == 0 and not wants_prompt_logprobs(request):
@@ -242,4 +293,4 @@ class Scheduler:
             if not others:
                 batch.exhausted.append(request)
                 return
-            self.preempt(others[-1])
+            self.preempt(others[-1], batch)

@@ -49,7 +49,11 @@ class FakeRunner:
         eos_token_ids: tuple[int, ...] = (),
         generation_defaults: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
+        num_host_blocks: int = 0,
     ) -> None:
+        self.num_host_blocks = num_host_blocks
+        self.host = np.full((num_host_blocks, block_size), -1, dtype=np.int64)
+        self.swapped_blocks = 0
         self.num_blocks, self.block_size, self.vocab_size = num_blocks, block_size, vocab_size
         self.max_model_len, self.eos_token_ids = max_model_len, eos_token_ids
         self.generation_defaults = {"do_sample": False} if generation_defaults is None else generation_defaults
@@ -80,6 +84,15 @@ class FakeRunner:
         blocks = self.slots.reshape(self.num_blocks, self.block_size)
         sources, destinations = zip(*copies, strict=True)
         blocks[list(destinations)] = blocks[list(sources)]
+
+    def swap_out(self, moves: list[tuple[int, int]]) -> None:
+        for device, host in moves:
+            self.host[host] = self.slots.reshape(self.num_blocks, self.block_size)[device]
+        self.swapped_blocks += len(moves)
+
+    def swap_in(self, moves: list[tuple[int, int]]) -> None:
+        for host, device in moves:
+            self.slots.reshape(self.num_blocks, self.block_size)[device] = self.host[host]
 
     def close(self) -> None:
         self.closed = True

@@ -49,6 +49,13 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     return raw[start : start + size].view(dtype).view(tuple(shape))
 
 
+def host_zeros(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+    """A zeroed tensor in host memory; pinned memory is taken at once, and copied faster to and from a GPU."""
+    if pinned:
+        return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
+    return lazy_zeros(shape, dtype, torch.device("cpu"))
+
+
 class KVStorage:
     """The paged keys and values of every layer.
 
@@ -57,18 +64,30 @@ class KVStorage:
         num_blocks: Blocks in the pool.
         block_size: Tokens in a block.
         device: Where the storage lies.
+        num_host_blocks: Blocks in host memory, for swapping; pinned where the device is a CUDA device.
     """
 
-    def __init__(self, layers: Sequence[LayerGeometry], num_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Sequence[LayerGeometry],
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        num_host_blocks: int = 0,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._pools: list[torch.Tensor] = []
+        self._host: list[torch.Tensor] = []
         self._layers: list[torch.Tensor] = [torch.empty(0)] * len(layers)
         for geometry in dict.fromkeys(layers):
             members = [number for number, layer in enumerate(layers) if layer == geometry]
             shape = (2, len(members), geometry.kv_heads, num_blocks, block_size, geometry.head_dim)
             pool = lazy_zeros(shape, geometry.dtype, device)
             self._pools.append(pool)
+            if num_host_blocks:
+                shape = (2, len(members), geometry.kv_heads, num_host_blocks, block_size, geometry.head_dim)
+                self._host.append(host_zeros(shape, geometry.dtype, pinned=device.type == "cuda"))
             for place, number in enumerate(members):
                 self._layers[number] = pool[:, place]
 
@@ -88,6 +107,18 @@ class KVStorage:
             sources, destinations = pairs.to(pool.device).unbind(1)
             pool.index_copy_(3, destinations, pool.index_select(3, sources))
 
+    def swap_out(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks to host memory, (device, host) each, keys and values of all layers."""
+        sources, destinations = torch.tensor(moves, dtype=torch.int64).unbind(1)
+        for pool, host in zip(self._pools, self._host, strict=True):
+            host.index_copy_(3, destinations, pool.index_select(3, sources.to(pool.device)).to(host.device))
+
+    def swap_in(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks back from host memory, (host, device) each."""
+        sources, destinations = torch.tensor(moves, dtype=torch.int64).unbind(1)
+        for pool, host in zip(self._pools, self._host, strict=True):
+            pool.index_copy_(3, destinations.to(pool.device), host.index_select(3, sources).to(pool.device))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all pools (on a CPU: reserved, not necessarily touched)."""
@@ -96,6 +127,7 @@ class KVStorage:
     def free(self) -> None:
         """Drop the tensors. The storage cannot be used afterwards."""
         self._pools.clear()
+        self._host.clear()
         self._layers.clear()
 
 

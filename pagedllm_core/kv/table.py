@@ -71,15 +71,22 @@ class BlockTable:
             copy = (source, destination)
         while self.room() < end:
             last = int(self._ids[self._length - 1]) if self._length else None
-            self._append(self._pool.allocate(after=last))
+            self.append(self._pool.allocate(after=last))
         return copy
+
+    def append(self, block: int) -> None:
+        """Take a block as the next one, with a reference that the caller got from the pool."""
+        if self._length == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+        self._ids[self._length] = block
+        self._length += 1
 
     def append_cached(self, block_hash: bytes) -> bool:
         """Take over the sealed block of this hash as the next one; False if there is none."""
         block = self._pool.acquire(block_hash)
         if block is None:
             return False
-        self._append(block)
+        self.append(block)
         return True
 
     def seal(self, index: int, block_hash: bytes) -> None:
@@ -105,9 +112,3 @@ class BlockTable:
         self._length = 0
         for block in reversed(blocks):
             self._pool.release(block)
-
-    def _append(self, block: int) -> None:
-        if self._length == len(self._ids):
-            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
-        self._ids[self._length] = block
-        self._length += 1

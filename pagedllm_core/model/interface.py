@@ -26,6 +26,10 @@ class Runner(Protocol):
         """KV blocks of the pool."""
 
     @property
+    def num_host_blocks(self) -> int:
+        """Blocks of host memory for preempted requests; may be 0."""
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The model's end tokens."""
 
@@ -46,6 +50,12 @@ class Runner(Protocol):
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination) each, as if all were read before any is written."""
+
+    def swap_out(self, moves: list[tuple[int, int]]) -> None:
+        """Copy whole blocks to host memory, (device, host) each."""
+
+    def swap_in(self, moves: list[tuple[int, int]]) -> None:
+        """Copy whole blocks back from host memory, (host, device) each."""
 
     def close(self) -> None:
         """Free the weights and the KV storage."""

@@ -13,7 +13,7 @@ import torch
 from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.attention.torch_paged import TorchPagedAttention
 from pagedllm_core.config import EngineConfig
-from pagedllm_core.errors import CapacityError
+from pagedllm_core.errors import CapacityError, InvalidRequestError
 from pagedllm_core.kv.storage import KVStorage, block_bytes
 from pagedllm_core.model.hf import Layer, PagedContext, RaggedModel
 from pagedllm_core.model.loader import LoadedModel, load_model
@@ -24,6 +24,7 @@ logger = logging.getLogger("pagedllm.model")
 
 _DEFAULT_POOL = 4 << 30
 _DEFAULT_SHARE = 0.4
+_DEFAULT_SWAP = 4 << 30
 
 
 class ModelRunner:
@@ -36,6 +37,7 @@ class ModelRunner:
         vocab_size: Width of the logits.
         max_model_len: Context limit in tokens.
         num_blocks: Blocks in the pool.
+        num_host_blocks: Blocks in host memory, for swapping.
         block_size: Tokens in a block.
         eos_token_ids: Ids that end a sequence.
         generation_defaults: The model's own sampling values.
@@ -69,7 +71,8 @@ class ModelRunner:
         self._backend = TorchPagedAttention(self.device, self.block_size)
         geometry = [layer.geometry for layer in layers]
         self.num_blocks = self._pool_size(config, layers)
-        self._storage = KVStorage(geometry, self.num_blocks, self.block_size, self.device)
+        self.num_host_blocks = self._host_blocks(config, block_bytes(geometry, self.block_size))
+        self._storage = KVStorage(geometry, self.num_blocks, self.block_size, self.device, self.num_host_blocks)
         self._layers = self._serve(layers, self._storage)
         logger.info(
             "%s on %s in %s: %d blocks of %d tokens (%.1f MiB)",
@@ -96,6 +99,16 @@ class ModelRunner:
         """Copy blocks, (source, destination) each, in all layers at once; before the step that writes to them."""
         with torch.inference_mode():
             self._storage.copy_blocks(copies)
+
+    def swap_out(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks to host memory, (device, host) each, before anything is written in a step."""
+        with torch.inference_mode():
+            self._storage.swap_out(moves)
+
+    def swap_in(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks back from host memory, (host, device) each."""
+        with torch.inference_mode():
+            self._storage.swap_in(moves)
 
     def close(self) -> None:
         """Free the model and the pool. The runner cannot be used afterwards."""
@@ -151,6 +164,19 @@ class ModelRunner:
                 f"takes {size}; free memory, set kv_cache_memory, or choose a smaller model or block_size"
             )
         return min(memory // size, usable)
+
+    def _host_blocks(self, config: EngineConfig, size: int) -> int:
+        """Blocks of host memory that `swap_space` allows; by default 4 GiB beside a GPU, and none elsewhere."""
+        available = available_memory()
+        if config.swap_space is None:
+            return min(_DEFAULT_SWAP, available // 4) // size if self.device.type == "cuda" else 0
+        wanted = int(config.swap_space * 2**30)
+        if wanted > available:
+            raise InvalidRequestError(
+                f"swap_space={config.swap_space}: only {available / 2**30:.1f} GiB of host memory are available; "
+                "give less, or 0 to recompute what is preempted"
+            )
+        return wanted // size
 
     def _free_cuda_memory(self, config: EngineConfig, layers: list[ProbedLayer]) -> int:
         """Bytes that `gpu_memory_utilization` leaves after the weights and the largest forward pass."""
