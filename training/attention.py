@@ -1,12 +1,21 @@
-"""An auxiliary loss that leads one attention head to the sentence which answers the question.
+"""Auxiliary losses that teach single attention heads the steps of finding a sentence and copying it.
 
-While the first tokens of an answer are predicted, one head of the last layer should look at the place of the text from
-which the answer is copied. The loss is minus the logarithm of the attention which that place gets; the model itself
-stays a plain Llama.
+A causal model that answers with a sentence of the text has to know, at the beginning of the answer, how that sentence
+starts, and then what comes next. Six heads are taught the way to it:
+
+    layer 0   a token                    -> the token before it
+    layer 1   a word of a text           -> the first token of its own sentence
+    layer 2   a word of the question     -> the same word in the sentence of the answer
+    layer 2   a token of an answer       -> the token that follows it in the source
+    layer 3   the beginning of an answer -> the question
+    layer 4   the beginning of an answer -> the sentence of the answer
+
+The loss is minus the logarithm of the attention which the right place gets; the model itself stays a plain Llama.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -14,43 +23,74 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-LAYER, HEAD = 4, 1
 
-# row, position of the query, first and last + 1 position of the source
-Source = tuple[int, int, int, int]
+class Kind(IntEnum):
+    """What a head is taught."""
+
+    PREVIOUS = 0
+    START = 1
+    MATCH = 2
+    COPY = 3
+    GATHER = 4
+    POINT = 5
+
+
+# layer and head of each kind, and the weight of its loss
+HEADS = {
+    Kind.PREVIOUS: (0, 0, 0.03),
+    Kind.START: (1, 0, 0.05),
+    Kind.MATCH: (2, 2, 0.15),
+    Kind.COPY: (2, 0, 0.15),
+    Kind.GATHER: (3, 0, 0.05),
+    Kind.POINT: (4, 1, 0.2),
+}
+
+# position of the query, first and last + 1 position of the place it should look at
+Target = tuple[Kind, int, int, int]
 
 
 class Watcher:
-    """Keeps the input of the attention of one layer, so that its scores can be computed for a few positions."""
+    """Keeps the inputs of the attention of the taught layers, so that scores can be computed for a few positions."""
 
-    def __init__(self, model: LlamaForCausalLM, layer: int = LAYER) -> None:
-        self.attention: Any = model.model.layers[layer].self_attn
-        self.inputs: dict[str, Any] = {}
-        self.attention.register_forward_pre_hook(self._keep, with_kwargs=True)
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.attention: dict[int, Any] = {}
+        self.inputs: dict[int, dict[str, Any]] = {}
+        for layer, _, _ in HEADS.values():
+            self.attention[layer] = model.model.layers[layer].self_attn
+            self.attention[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True)
 
-    def _keep(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inputs = {"hidden_states": args[0], **kwargs} if args else kwargs
+    def _keep(self, layer: int) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.inputs[layer] = {"hidden_states": args[0], **kwargs} if args else kwargs
 
-    def mass(self, sources: list[Source]) -> Tensor:
-        """The attention that every head gives to the sources: one row a source, one column a head."""
-        hidden: Tensor = self.inputs["hidden_states"]
-        cos, sin = self.inputs["position_embeddings"]
-        rows, positions, starts, ends = torch.tensor(sources).T
-        size, length = self.attention.head_dim, hidden.shape[1]
-        query = self.attention.q_proj(hidden[rows, positions]).view(len(sources), -1, size)
-        key = self.attention.k_proj(hidden).view(hidden.shape[0], length, -1, size).transpose(1, 2)
-        cos, sin = cos.expand(hidden.shape[0], -1, -1), sin.expand(hidden.shape[0], -1, -1)
-        _, key = apply_rotary_pos_emb(key, key, cos, sin)
-        at = cos[rows, positions][:, None, :], sin[rows, positions][:, None, :]
-        query, _ = apply_rotary_pos_emb(query[:, :, None], query[:, :, None], *at)
-        repeat = query.shape[1] // key.shape[1]
-        scores = (query @ key.repeat_interleave(repeat, 1)[rows].transpose(-1, -2)).squeeze(2) * size**-0.5
+        return hook
+
+    def log_mass(self, kind: Kind, targets: Tensor) -> Tensor:
+        """The logarithm of the attention that the head of a kind gives to each target, float32 [targets].
+
+        `targets` holds row, position of the query, first and last + 1 position of the place, int64 [targets, 4].
+        """
+        layer, head, _ = HEADS[kind]
+        attention = self.attention[layer]
+        hidden: Tensor = self.inputs[layer]["hidden_states"]
+        cos, sin = self.inputs[layer]["position_embeddings"]
+        rows, positions, starts, ends = targets.T
+        size, length = attention.head_dim, hidden.shape[1]
+        group = head * attention.config.num_key_value_heads // attention.config.num_attention_heads
+        query = hidden @ attention.q_proj.weight[head * size : (head + 1) * size].T
+        key = hidden @ attention.k_proj.weight[group * size : (group + 1) * size].T
+        query, key = apply_rotary_pos_emb(query[:, None], key[:, None], cos, sin)
+        scores = (query[:, 0] @ key[:, 0].transpose(-1, -2))[rows, positions] * size**-0.5
         place = torch.arange(length)
-        scores = scores.masked_fill((place > positions[:, None])[:, None, :], float("-inf"))
+        scores = scores.masked_fill(place > positions[:, None], float("-inf"))
         inside = (place >= starts[:, None]) & (place < ends[:, None])
-        mass: Tensor = (scores.softmax(-1) * inside[:, None, :]).sum(-1)
-        return mass
+        return scores.masked_fill(~inside, float("-inf")).logsumexp(-1) - scores.logsumexp(-1)
 
-    def loss(self, sources: list[Source], head: int = HEAD) -> Tensor:
-        """Minus the mean logarithm of the attention of one head to the sources."""
-        return -(self.mass(sources)[:, head] + 1e-6).log().mean()
+    def losses(self, targets: list[tuple[int, Target]]) -> dict[Kind, Tensor]:
+        """For each kind that occurs: minus the mean logarithm of the attention to its targets."""
+        result = {}
+        for kind in HEADS:
+            chosen = [(row, *target[1:]) for row, target in targets if target[0] == kind]
+            if chosen:
+                result[kind] = -self.log_mass(kind, torch.tensor(chosen)).mean()
+        return result

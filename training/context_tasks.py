@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from . import values as v
 from . import words as w
@@ -19,11 +19,15 @@ FACT_FILES = ("facts_a.txt", "facts_b.txt", "facts_c.txt", "facts_d.txt", "facts
 
 @dataclass
 class Dialogue:
-    """One training or test conversation; every assistant turn is learnt."""
+    """One training or test conversation; every assistant turn is learnt.
+
+    `questions` holds, in their order, the questions that a sentence of the text answers, with that sentence.
+    """
 
     task: str
     messages: list[Message]
     tools: list[Message] | None = None
+    questions: list[tuple[str, str]] = field(default_factory=list)
 
 
 class ContextTasks:
@@ -98,7 +102,7 @@ class ContextTasks:
             question = self.question(facts, index, rng)
             if all(question != asked for asked, _ in pairs):
                 pairs.append((question, facts[index].sentence))
-        return Dialogue("context", frame(block, pairs, rng))
+        return Dialogue("context", frame(block, pairs, rng), questions=[pair for pair in pairs if pair[1] != UNKNOWN])
 
 
 def decorate(question: str, rng: Rng) -> str:
@@ -224,11 +228,13 @@ def lookup(rng: Rng) -> Dialogue:
     )
     intro = rng.choice(["List:\n", "Entries:\n", "", "Here is a list:\n", "Data: ", "Table:\n"])
     messages: list[Message] = []
+    questions = []
     for turn, index in enumerate(order):
         question = ask.format(keys[index])
         messages.append({"role": "user", "content": f"{intro}{text}\n\n{question}" if turn == 0 else question})
         messages.append({"role": "assistant", "content": values[index] if value_only else lines[index]})
-    return Dialogue("lookup", messages)
+        questions.append((question, str(messages[-1]["content"])))
+    return Dialogue("lookup", messages, questions=questions)
 
 
 def recite(rng: Rng) -> Dialogue:
@@ -236,6 +242,7 @@ def recite(rng: Rng) -> Dialogue:
     facts = [random_fact(rng) for _ in range(rng.choice([2, 3, 3, 4, 5, 6, 8]))]
     text = rng.choice([" ", "\n"]).join(fact.sentence for fact in facts)
     messages: list[Message] = []
+    questions = []
     order = [index for _ in range(3) for index in rng.sample(range(len(facts)), len(facts))]
     for index in order[: rng.randint(3, 8)]:
         others = [fact.sentence for i, fact in enumerate(facts) if i != index]
@@ -244,4 +251,5 @@ def recite(rng: Rng) -> Dialogue:
             continue
         messages.append({"role": "user", "content": f"{text}\n\n{question}" if not messages else question})
         messages.append({"role": "assistant", "content": facts[index].sentence})
-    return Dialogue("recite", messages) if messages else lookup(rng)
+        questions.append((question, facts[index].sentence))
+    return Dialogue("recite", messages, questions=questions) if messages else lookup(rng)

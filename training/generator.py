@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from .context_tasks import ContextTasks, Dialogue, lookup, recite
 from .other_tasks import ToolMaker, extraction, memory, repeat, talk
 
-# share of each task at the beginning and from half of the training on
+# share of each task at the beginning and from a quarter of the training on
 EARLY = {
     "context": 0.30,
     "lookup": 0.20,
@@ -33,7 +33,7 @@ LATE = {
 
 def mixture(progress: float) -> dict[str, float]:
     """The shares of the tasks at a progress between 0 and 1."""
-    part = min(1.0, max(0.0, progress - 0.2) / 0.3)
+    part = min(1.0, max(0.0, progress - 0.05) / 0.2)
     return {task: EARLY[task] * (1 - part) + LATE[task] * part for task in LATE}
 
 
@@ -52,9 +52,9 @@ class Generator:
         if task == "context":
             size = self.rng.choice(
                 [0.4, 0.6, 0.8]
-                if progress < 0.5
+                if progress < 0.3
                 else [0.6, 0.8, 1.0, 1.3]
-                if progress < 0.8
+                if progress < 0.6
                 else [0.6, 0.8, 1.0, 1.3, 1.6]
             )
             return self.context.qa(self.rng, size)

@@ -13,7 +13,7 @@ from . import words as w
 from .bank import Fact, capital
 
 Rng = random.Random
-_STOP = set(
+STOP = set(
     "a an the of to in on at by for from with and or but if is are was be been has have had do does did not no can may "
     "must will should you your we our us it its they their this that these those i my me he she his her who which what "
     "when where how all any each every there here than then so as please also only up out into over per until before "
@@ -37,7 +37,7 @@ def stem(word: str) -> str:
 
 def content_words(text: str) -> list[str]:
     """The words of a text that carry meaning, without numbers."""
-    return [x for x in words_of(text) if x.lower() not in _STOP and not any(c.isdigit() for c in x) and len(x) > 2]
+    return [x for x in words_of(text) if x.lower() not in STOP and not any(c.isdigit() for c in x) and len(x) > 2]
 
 
 def stems(text: str) -> set[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrix: Tensor, steps: int = 4) -> Tensor:
     """The nearest semi-orthogonal matrix, approximately, by Newton-Schulz iteration."""
     a, b, c = _COEFFICIENTS
     tall = matrix.size(0) > matrix.size(1)

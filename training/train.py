@@ -12,6 +12,7 @@ import os
 import random
 import re
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,27 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from .attention import Source, Watcher
+from .attention import HEADS, Kind, Target, Watcher
 from .build import BUNDLED, SEED, configuration, export_weights
 from .chatml import END, END_OF_TEXT, segments, token_id
 from .evaluate import evaluate, overall
 from .generator import Generator
+from .grammar import STOP, stem
 from .muon import Muon
 
 log = logging.getLogger("training")
 TOKENS_PER_STEP = 3584
 POOL_STEPS = 20  # batches that are cut from one pool of dialogues
-POINTING_WEIGHT = 0.2
 OTHER_WEIGHT = 0.03
 OTHER_SHARE = 0.2  # part of the other tokens on which the loss is computed
 
 
-Encoded = tuple[list[int], list[float], list[tuple[int, int, int]]]
+Encoded = tuple[list[int], list[float], list[Target]]
 
 
 Texts = list[tuple[int, str, Encoding]]
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_SENTENCE = re.compile(r"(?<=[.!?]) |\n+(?:[-*•–] |\d+\. )?")
 _PART = re.compile(r'"([^"]{2,})"|(?<=: )(-?[0-9][0-9.]+)')
 
 
@@ -62,6 +65,56 @@ def find_source(texts: Texts, answer: str) -> tuple[int, int] | None:
             first, last = span(encoding, begin, begin + len(answer))
             return offset + first, offset + last
     return None
+
+
+def content_spans(text: str, begin: int, end: int) -> list[tuple[str, int, int]]:
+    """The stems of the content words between two places of a text, with their own places."""
+    words = [(m.group(), m.start(), m.end()) for m in _WORD.finditer(text, begin, end)]
+    return [(stem(word), a, b) for word, a, b in words if word.lower() not in STOP]
+
+
+def find_words(texts: Texts, question: str, answer: str) -> list[Target]:
+    """Pairs of places where the question and the sentence of the answer use the same word; the later looks back."""
+    asked = next(((o, t, e, t.rfind(question)) for o, t, e in reversed(texts) if question in t), None)
+    stated = next(((o, t, e, t.find(answer)) for o, t, e in texts if answer in t), None)
+    if asked is None or stated is None:
+        return []
+    found = []
+    offset, text, encoding, begin = stated
+    places: dict[str, tuple[int, int]] = {}
+    for name, a, b in content_spans(text, begin, begin + len(answer)):
+        first, last = span(encoding, a, b)
+        places.setdefault(name, (offset + first, offset + last))
+    offset, text, encoding, begin = asked
+    for name, a, b in content_spans(text, begin, begin + len(question)):
+        if name in places:
+            first, last = span(encoding, a, b)
+            here, there = (offset + first, offset + last), places[name]
+            early, late = sorted([here, there])
+            found.append((Kind.MATCH, late[1] - 1, *early))
+    return found
+
+
+def copies(ids: list[int], query: int, first: int, last: int) -> list[Target]:
+    """For the tokens after `query`, which copy a source: the token of the source that comes next."""
+    found = []
+    for step, source in enumerate(range(first + 1, last), query + 1):
+        if step + 1 >= len(ids) or ids[step + 1] != ids[source]:
+            break
+        found.append((Kind.COPY, step, source, source + 1))
+    return found
+
+
+def find_starts(text: str, encoding: Encoding, offset: int, rng: random.Random) -> list[Target]:
+    """Some words of a text, each with the first token of its sentence."""
+    marks = [match.end() for match in _SENTENCE.finditer(text)]
+    found = []
+    for mark, after in pairwise([*marks, len(text)]):
+        inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < after and b > mark]
+        if len(inside) > 3:
+            query = rng.choice(inside[2:])
+            found.append((Kind.START, offset + query, offset + inside[0], offset + inside[0] + 1))
+    return found
 
 
 def find_values(texts: Texts, answer: str, encoding: Encoding) -> list[tuple[int, int, int]]:
@@ -97,21 +150,41 @@ class Batches:
         dialogue = self.generator.dialogue(progress)
         ids: list[int] = []
         weights: list[float] = []
-        sources: list[tuple[int, int, int]] = []
+        targets: list[Target] = []
         texts: Texts = []
+        questions = list(dialogue.questions)
         for text, learnt in segments(dialogue.messages, dialogue.tools):
             part = self.tokenizer.encode(text)
             if learnt:
-                place = find_source(texts, text.removesuffix(END))
+                answer = text.removesuffix(END)
+                place = find_source(texts, answer)
+                places = []
                 if place is not None:
-                    sources += [(len(ids) - 1 + step, *place) for step in range(min(3, len(part.ids) - 1))]
+                    places = [(-1, *place)]
+                    targets += [(Kind.POINT, len(ids) + step, *place) for step in range(min(2, len(part.ids) - 1))]
                 elif text.startswith(("{", "<tool_call>")):
-                    sources += [(len(ids) + query, a, b) for query, a, b in find_values(texts, text, part)]
+                    places = find_values(texts, text, part)
+                targets += [(Kind.POINT, len(ids) + query, a, b) for query, a, b in places]
+                for query, a, b in places:
+                    targets += copies(ids + part.ids, len(ids) + query, a, b)
+                if questions and questions[0][1] == answer:
+                    targets += self.question_targets(texts, *questions.pop(0), len(ids) - 1)
             else:
+                if not texts or len(part.ids) > 60:
+                    targets += find_starts(text, part, len(ids), self.generator.rng)
                 texts.append((len(ids), text, part))
+            targets += [
+                (Kind.PREVIOUS, len(ids) + i, len(ids) + i - 1, len(ids) + i) for i in range(1, len(part.ids), 9)
+            ]
             ids += part.ids
             weights += [1.0 if learnt else OTHER_WEIGHT] * len(part.ids)
-        return ids, weights, sources
+        return ids, weights, targets
+
+    def question_targets(self, texts: Texts, question: str, answer: str, position: int) -> list[Target]:
+        """What the words of a question and the beginning of its answer, at `position`, should look at."""
+        targets = find_words(texts, question, answer)
+        place = find_source(texts, question)
+        return targets if place is None else [*targets, (Kind.GATHER, position, *place)]
 
     def fill(self, progress: float) -> None:
         """Draws a pool of dialogues and cuts it, sorted by length, into batches."""
@@ -131,16 +204,16 @@ class Batches:
         self.ready.append(batch)
         self.generator.rng.shuffle(self.ready)
 
-    def batch(self, progress: float) -> tuple[Tensor, Tensor, list[Source]]:
-        """Tokens, weights and sources of one step."""
+    def batch(self, progress: float) -> tuple[Tensor, Tensor, list[tuple[int, Target]]]:
+        """Tokens, weights and, with their rows, the targets of attention of one step."""
         if not self.ready:
             self.fill(progress)
         rows = self.ready.pop()
         length = max(len(row[0]) for row in rows)
         ids = [row[0] + [self.end] * (length - len(row[0])) for row in rows]
         weights = [row[1] + [0.0] * (length - len(row[1])) for row in rows]
-        sources = [(index, *source) for index, row in enumerate(rows) for source in row[2]]
-        return torch.tensor(ids), torch.tensor(weights), sources
+        targets = [(index, target) for index, row in enumerate(rows) for target in row[2]]
+        return torch.tensor(ids), torch.tensor(weights), targets
 
 
 def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tensor, float]:
@@ -168,11 +241,11 @@ class Trainer:
         matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         rest = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
         self.optimisers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=arguments.lr, weight_decay=0.02),
+            Muon(matrices, lr=arguments.lr, weight_decay=0.1),
             torch.optim.AdamW(rest, lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.watcher = Watcher(self.model)
-        self.pointing = 3.0
+        self.attention = dict.fromkeys(HEADS, 3.0)
         self.tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
         self.elapsed, self.tokens, self.step, self.best = 0.0, 0, 0, -1.0
         if arguments.resume and (self.run / "checkpoint.pt").exists():
@@ -231,12 +304,11 @@ class Trainer:
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self.arguments.lr * factor
-        ids, weights, sources = self.batches.batch(progress)
+        ids, weights, targets = self.batches.batch(progress)
         loss, learnt = loss_of(self.model, ids, weights)
-        if sources:
-            pointing = self.watcher.loss(sources)
-            self.pointing = 0.97 * self.pointing + 0.03 * pointing.item()
-            loss = loss + POINTING_WEIGHT * pointing
+        for kind, part in self.watcher.losses(targets).items():
+            self.attention[kind] = 0.97 * self.attention[kind] + 0.03 * part.item()
+            loss = loss + HEADS[kind][2] * (1 - progress) * part
         loss.backward()
         self.sum_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -286,8 +358,8 @@ class Trainer:
             if self.step % 25 == 0 and self.rank == 0:
                 speed = (self.tokens - first) / (now - begin)
                 record = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "loss": round(mean, 4)}
-                record["pointing"] = round(self.pointing, 4)
-                self.write({**record, "tokens": self.tokens, "tokens_per_second": round(speed)})
+                attention = {kind.name.lower(): round(value, 3) for kind, value in self.attention.items()}
+                self.write({**record, **attention, "tokens": self.tokens, "tokens_per_second": round(speed)})
             if self.step % 100 == 0 and self.rank == 0:
                 self.save()
             if self.elapsed >= next_check:
