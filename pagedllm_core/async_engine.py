@@ -67,6 +67,7 @@ class AsyncEngine:
         self.config = EngineConfig(**fields) if config is None else config
         self._worker = EngineWorker(Engine(self.config, runner=runner))
         _WORKERS.add(self._worker)
+        self._tokenizing: dict[str, bool] = {}  # ids that the caller chose, and whether they were aborted meanwhile
         self._intake = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pagedllm-intake")
         # The thread holds the worker only, so an engine that nobody names any more closes itself.
         self._finalizer = weakref.finalize(self, _close, self._worker, self._intake)
@@ -133,7 +134,17 @@ class AsyncEngine:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
     ) -> RequestHandle:
         """`submit` for event loops: tokenizes on the engine's intake thread."""
-        return self.enqueue(await self.run_in_intake(self.prepare, prompt, sampling_params, **options))
+        request_id = options.get("request_id")
+        if request_id is None:
+            return self.enqueue(await self.run_in_intake(self.prepare, prompt, sampling_params, **options))
+        self._tokenizing.setdefault(request_id, False)
+        try:
+            handle = self.enqueue(await self.run_in_intake(self.prepare, prompt, sampling_params, **options))
+        finally:
+            aborted = self._tokenizing.pop(request_id, False)
+        if aborted:
+            handle.cancel()
+        return handle
 
     async def generate(
         self,
@@ -202,6 +213,8 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """End a request now, from any thread; whoever waits gets what it has, with `finish_reason="abort"`."""
+        if request_id in self._tokenizing:
+            self._tokenizing[request_id] = True
         self._worker.abort(request_id)
 
     def stats(self) -> EngineStats:

@@ -77,6 +77,27 @@ async def test_generate_and_stream_agree(engine: AsyncEngine) -> None:
     assert merge_outputs(deltas).outputs[0].token_ids == wanted
 
 
+async def test_abort_while_the_prompt_is_tokenized(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    prepare = engine.prepare
+
+    def slow(*args: Any, **options: Any) -> Any:
+        started.set()
+        go_on.wait()
+        return prepare(*args, **options)
+
+    monkeypatch.setattr(engine, "prepare", slow)
+    task = asyncio.ensure_future(engine.generate([1, 2, 3], SamplingParams(max_tokens=200), request_id="mine"))
+    await asyncio.to_thread(started.wait)
+    engine.abort("mine")
+    go_on.set()
+    output = await task
+    assert output.outputs[0].finish_reason == "abort"
+    monkeypatch.undo()
+    again = await engine.generate([1, 2, 3], SamplingParams(max_tokens=5), request_id="mine")
+    assert again.outputs[0].token_ids == expected_greedy([1, 2, 3], 5, VOCAB)
+
+
 def test_handle_result_iteration_and_wait_timeout(engine: AsyncEngine) -> None:
     params = SamplingParams(max_tokens=20)
     wanted = expected_greedy([4, 5], 20, VOCAB)
