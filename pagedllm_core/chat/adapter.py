@@ -132,6 +132,7 @@ class Call:
         chat_template: In place of the model's.
         template_kwargs: Further arguments of `ChatTemplate.render`.
         timeout: Seconds until it fails with `RequestTimeoutError`.
+        share_key: Whose share it counts against, under the policy "fair".
     """
 
     params: SamplingParams
@@ -141,6 +142,7 @@ class Call:
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     timeout: float | None = None
+    share_key: str | None = None
 
     def tokenize(self, engine: AsyncEngine) -> dict[str, Any]:
         """The prompt as the engine takes it: text and token ids.
@@ -198,7 +200,8 @@ class Call:
                 handle.cancel()
 
     def _prepare(self, engine: AsyncEngine, stream: bool) -> Request:
-        return engine.prepare(self.tokenize(engine), self.params, timeout=self.timeout, stream=stream)
+        prompt = self.tokenize(engine)
+        return engine.prepare(prompt, self.params, timeout=self.timeout, share_key=self.share_key, stream=stream)
 
 
 def wait(handle: RequestHandle) -> RequestOutput:

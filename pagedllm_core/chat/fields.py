@@ -114,7 +114,7 @@ class AdapterFields(BaseModel):
         return sampling_params(fields)
 
     def _warn_unknown_arguments(self, given: Mapping[str, Any], further: Collection[str]) -> None:
-        known = {*SAMPLING_FIELDS, *further, "model", "timeout", "logprobs", "top_logprobs"}
+        known = {*SAMPLING_FIELDS, *further, "model", "timeout", "share_key", "logprobs", "top_logprobs"}
         if unknown := sorted(set(given) - known):
             warnings.warn(f"{type(self).__name__}: unknown argument {', '.join(unknown)} is ignored", stacklevel=4)
 

@@ -8,18 +8,23 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForLLMRun,
+    BaseRunManager,
+    CallbackManagerForLLMRun,
+    Callbacks,
+)
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult, RunInfo
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import get_config_list
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from langchain_pagedllm.convert import PROVIDER, last_chunk, text_chunk, to_chat_result, to_template_messages
 from langchain_pagedllm.fields import IGNORED_PER_CALL, PagedModel, check_streamable
+from langchain_pagedllm.sharing import configs_of_one_share, given_key, share_key, with_one_share
 from pagedllm_core.chat.adapter import Call, watched
 from pagedllm_core.chat.tools import Reply, ReplyStream, check_tool_choice
 from pagedllm_core.errors import InvalidRequestError
@@ -79,7 +84,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = self._call(messages, stop, kwargs)
+        call = self._call(messages, stop, kwargs, run_manager)
         output = call.run(self._source(kwargs.get("model")).get())
         return to_chat_result(output, kwargs.get("model") or self.model, call.tools is not None)
 
@@ -90,7 +95,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = self._call(messages, stop, kwargs)
+        call = self._call(messages, stop, kwargs, run_manager)
         output = await call.arun(await self._source(kwargs.get("model")).aget())
         return to_chat_result(output, kwargs.get("model") or self.model, call.tools is not None)
 
@@ -101,7 +106,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = self._call(messages, stop, kwargs)
+        call = self._call(messages, stop, kwargs, run_manager)
         check_streamable(call)
         chunks = _Chunks(kwargs.get("model") or self.model, call.tools is not None)
         handle = call.submit(self._source(kwargs.get("model")).get(), stream=True)
@@ -119,7 +124,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = self._call(messages, stop, kwargs)
+        call = self._call(messages, stop, kwargs, run_manager)
         check_streamable(call)
         chunks = _Chunks(kwargs.get("model") or self.model, call.tools is not None)
         handle = await call.asubmit(await self._source(kwargs.get("model")).aget(), stream=True)
@@ -131,7 +136,13 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         finally:
             await outputs.aclose()
 
-    def _call(self, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]) -> Call:
+    def _call(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        given: dict[str, Any],
+        run_manager: BaseRunManager | None = None,
+    ) -> Call:
         self._warn_unknown_arguments(given, _CHAT_ARGUMENTS)
         if given.get("response_format") is not None:
             raise InvalidRequestError("response_format: not supported yet (it needs guided decoding); leave it out")
@@ -144,7 +155,20 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
             chat_template=given.get("chat_template", self.chat_template),
             template_kwargs={**self.chat_template_kwargs, **(given.get("chat_template_kwargs") or {})},
             timeout=given.get("timeout", self.timeout),
+            share_key=given.get("share_key") or share_key(run_manager),
         )
+
+    def stream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[AIMessageChunk]:
+        """Answer bit by bit; closing the iterator frees the memory."""
+        return super().stream(input, config, **_named_share(config), **kwargs)
+
+    def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[AIMessageChunk]:
+        """Answer bit by bit; closing the iterator or cancelling its reader frees the memory."""
+        return super().astream(input, config, **_named_share(config), **kwargs)
 
     # Many calls from a thread: all at once, where LangChain's own would send as many as there are CPUs, or one.
 
@@ -157,7 +181,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         **kwargs: Any,
     ) -> list[AIMessage]:
         """Answer all inputs in one shared batch; `max_concurrency` in the configuration limits it."""
-        configs = _all_at_once(config, len(inputs))
+        configs = configs_of_one_share(config, len(inputs), min(len(inputs), _MAX_THREADS))
         return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     def batch_as_completed(  # type: ignore[override]  # the base has one overload for each value of return_exceptions
@@ -169,8 +193,34 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[tuple[int, AIMessage | Exception]]:
         """Answer all inputs in one shared batch, each as soon as it is ready."""
-        configs = _all_at_once(config, len(inputs))
+        configs = configs_of_one_share(config, len(inputs), min(len(inputs), _MAX_THREADS))
         return super().batch_as_completed(inputs, configs, return_exceptions=return_exceptions, **kwargs)  # type: ignore[call-overload, no-any-return]
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> list[AIMessage]:
+        """Answer all inputs in one shared batch; `max_concurrency` in the configuration limits it."""
+        configs = configs_of_one_share(config, len(inputs))
+        return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch_as_completed(  # type: ignore[override]  # the base has one overload for each value of return_exceptions
+        self,
+        inputs: Sequence[LanguageModelInput],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any | None,
+    ) -> AsyncIterator[tuple[int, AIMessage | Exception]]:
+        """Answer all inputs in one shared batch, each as soon as it is ready."""
+        configs = configs_of_one_share(config, len(inputs))
+        answers = super().abatch_as_completed(inputs, configs, return_exceptions=return_exceptions, **kwargs)  # type: ignore[call-overload]
+        async for answer in answers:
+            yield answer
 
     def generate(
         self,
@@ -182,6 +232,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         """Answer all conversations in one shared batch."""
         if len(messages) < 2:
             return super().generate(messages, stop, callbacks, **kwargs)
+        kwargs["metadata"] = with_one_share(kwargs.get("metadata"))
         # A thread for each: every conversation has a run of its own, so callbacks and caches work as for one.
         one, rest = super().generate, {**kwargs, "run_id": None}
         with ThreadPoolExecutor(min(len(messages), _MAX_THREADS)) as pool:
@@ -197,6 +248,18 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         runs: list[RunInfo] = [run for one in results for run in one.run or ()]
         result.run = runs or None
         return result
+
+    async def agenerate(
+        self,
+        messages: list[list[BaseMessage]],
+        stop: list[str] | None = None,
+        callbacks: Callbacks = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Answer all conversations in one shared batch."""
+        if len(messages) > 1:
+            kwargs["metadata"] = with_one_share(kwargs.get("metadata"))
+        return await super().agenerate(messages, stop, callbacks, **kwargs)
 
     def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
         usage: dict[str, int] = {}
@@ -275,8 +338,7 @@ class _Chunks:
                 yield last_chunk(output, completion, self._count, self._model, reply)
 
 
-def _all_at_once(config: Any, count: int) -> list[RunnableConfig]:
-    configs = get_config_list(config, count) if count else []
-    if configs and configs[0].get("max_concurrency") is None:
-        configs[0] = {**configs[0], "max_concurrency": min(count, _MAX_THREADS)}
-    return configs
+def _named_share(config: RunnableConfig | None) -> dict[str, Any]:
+    """What a stream has to be told, as LangChain does not hand it its run."""
+    key = given_key(config)
+    return {} if key is None else {"share_key": key}

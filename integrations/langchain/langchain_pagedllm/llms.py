@@ -11,6 +11,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from langchain_pagedllm.convert import end_metadata, logprobs_content
 from langchain_pagedllm.fields import IGNORED_PER_CALL, PagedModel, check_streamable
+from langchain_pagedllm.sharing import share_key
 from pagedllm_core.chat.adapter import Call, wait, watched
 from pagedllm_core.outputs import CompletionOutput, RequestOutput
 
@@ -39,10 +40,11 @@ class PagedLLM(PagedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         engine = self._source(kwargs.get("model")).get()
+        key = share_key(run_manager, len(prompts))
         handles = []
         try:
             for prompt in prompts:
-                handles.append(self._call(prompt, stop, kwargs).submit(engine, stream=False))
+                handles.append(self._call(prompt, stop, kwargs, key).submit(engine, stream=False))
             return self._result([wait(handle) for handle in handles], kwargs)
         finally:
             for handle in handles:
@@ -57,10 +59,11 @@ class PagedLLM(PagedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         engine = await self._source(kwargs.get("model")).aget()
+        key = share_key(run_manager, len(prompts))
         handles = []
         try:
             for prompt in prompts:
-                handles.append(await self._call(prompt, stop, kwargs).asubmit(engine, stream=False))
+                handles.append(await self._call(prompt, stop, kwargs, key).asubmit(engine, stream=False))
             return self._result([await handle.aresult() for handle in handles], kwargs)
         finally:
             for handle in handles:
@@ -74,7 +77,7 @@ class PagedLLM(PagedModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        call = self._call(prompt, stop, kwargs)
+        call = self._call(prompt, stop, kwargs, share_key(run_manager))
         check_streamable(call)
         handle = call.submit(self._source(kwargs.get("model")).get(), stream=True)
         try:
@@ -95,7 +98,7 @@ class PagedLLM(PagedModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        call = self._call(prompt, stop, kwargs)
+        call = self._call(prompt, stop, kwargs, share_key(run_manager))
         check_streamable(call)
         outputs = watched(await call.asubmit(await self._source(kwargs.get("model")).aget(), stream=True))
         try:
@@ -108,10 +111,11 @@ class PagedLLM(PagedModel, BaseLLM):
         finally:
             await outputs.aclose()
 
-    def _call(self, prompt: str, stop: list[str] | None, given: dict[str, Any]) -> Call:
+    def _call(self, prompt: str, stop: list[str] | None, given: dict[str, Any], key: str | None) -> Call:
         self._warn_unknown_arguments(given, IGNORED_PER_CALL | {"stop_sequences", "max_new_tokens"})
         params = self._call_params(stop, given)
-        return Call(params=params, prompt=prompt, timeout=given.get("timeout", self.timeout))
+        timeout = given.get("timeout", self.timeout)
+        return Call(params=params, prompt=prompt, timeout=timeout, share_key=given.get("share_key") or key)
 
     def _result(self, outputs: list[RequestOutput], given: dict[str, Any]) -> LLMResult:
         generations: list[list[Generation]] = [

@@ -11,10 +11,11 @@ import pytest
 from langchain_pagedllm import ChatPagedLLM
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock, ToolCallBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.instrumentation.dispatcher import instrument_tags
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.pagedllm import PagedLLM
 
-from pagedllm_core import AsyncEngine, EngineConfig, get_engine, list_engines, streams
+from pagedllm_core import LLM, AsyncEngine, EngineConfig, SamplingParams, get_engine, list_engines, streams
 from pagedllm_core.chat.template import ChatTemplate
 from pagedllm_core.errors import ContextLengthError, InvalidRequestError
 
@@ -283,3 +284,28 @@ def test_a_formatting_function_of_the_caller_s_is_used():
     llm = PagedLLM(model="tiny", max_tokens=1, completion_to_prompt=lambda prompt: f"<|im_start|>{prompt}")
     tokens = llm.tokenizer("<|im_start|>Hi")
     assert llm.complete("Hi").raw["usage"]["prompt_tokens"] == len(tokens)
+
+
+async def test_whose_share_a_call_counts_against(monkeypatch):
+    keys = []
+    prepare = AsyncEngine.prepare
+    monkeypatch.setattr(
+        AsyncEngine, "prepare", lambda self, *a, **k: (keys.append(k["share_key"]), prepare(self, *a, **k))[1]
+    )
+    llm = PagedLLM(model="tiny", max_tokens=2)
+    llm.complete("a")
+    llm.chat([ChatMessage(content="a")], share_key="mine")
+    with instrument_tags({"thread_id": 5}):
+        await llm.acomplete("a")
+        assert [part async for part in await llm.astream_chat([ChatMessage(content="a")])]
+    assert keys == [None, "mine", "5", "5"]
+
+
+def test_beams():
+    params = SamplingParams(use_beam_search=True, best_of=4, max_tokens=12)
+    with LLM("tiny") as engine:
+        wanted = engine.chat([{"role": "user", "content": "Where is the library?"}], params)[0].outputs
+    llm = PagedLLM(model="tiny", use_beam_search=True, best_of=4, max_tokens=12)
+    assert llm.chat([ChatMessage(content="Where is the library?")]).message.content == wanted[0].text
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        llm.complete("Hello", temperature=0.5)

@@ -28,6 +28,7 @@ from llama_index.llms.pagedllm.convert import (
     to_completion_response,
     to_template_messages,
 )
+from llama_index_instrumentation.dispatcher import active_instrument_tags
 
 from pagedllm_core.chat.adapter import Call, EngineSource, watched
 from pagedllm_core.chat.fields import AdapterFields
@@ -197,6 +198,7 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
             chat_template=given.get("chat_template", self.chat_template),
             template_kwargs={**self.chat_template_kwargs, **(given.get("chat_template_kwargs") or {})},
             timeout=given.get("timeout", self.timeout),
+            share_key=_share_key(given),
         )
 
     def _completion_call(self, source: EngineSource, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> Call:
@@ -211,7 +213,8 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         return self._chat_call([ChatMessage(content=prompt, role=MessageRole.USER)], given)
 
     def _raw_call(self, prompt: str, given: dict[str, Any]) -> Call:
-        return Call(params=self._sampling(given), prompt=prompt, timeout=given.get("timeout", self.timeout))
+        timeout = given.get("timeout", self.timeout)
+        return Call(params=self._sampling(given), prompt=prompt, timeout=timeout, share_key=_share_key(given))
 
     def _checked(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         given = self._by_own_names(kwargs)
@@ -284,6 +287,13 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
             )
             for call in calls
         ]
+
+
+def _share_key(given: dict[str, Any]) -> str | None:
+    """Whose share a call counts against: what it says itself, else what `instrument_tags` says around it."""
+    tags = active_instrument_tags.get()
+    found = given.get("share_key") or tags.get("share_key") or tags.get("thread_id")
+    return None if found is None else str(found)
 
 
 def _tool_calls(response: ChatResponse) -> list[ToolCallBlock]:
