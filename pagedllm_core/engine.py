@@ -73,6 +73,7 @@ class Engine:
         self._suspects: deque[Request] = deque()
         self._outbox: list[RequestOutput] = []
         self._steps = self._max_batch_size = self._prefilled = self._generated = 0
+        self._occupancy: deque[tuple[int, int, int]] = deque(maxlen=512)  # (step, blocks used, blocks cached)
         self._closed = False
         if self.runner.num_host_blocks:
             self._measure_copies()
@@ -156,18 +157,19 @@ class Engine:
 
     def _move_blocks(self, batch: ScheduledBatch) -> None:
         """Everything that is copied before the forward pass; what leaves first, as its place may be taken."""
-        self._timed_copy(self.runner.swap_out, batch.swap_out)
-        self._timed_copy(self.runner.swap_in, batch.swap_in)
+        if batch.swap_out:
+            self._timed_copy(self.runner.swap_out, batch.swap_out)
+        if batch.swap_in:
+            self._timed_copy(self.runner.swap_in, batch.swap_in)
         if batch.copies:
             self.runner.copy_blocks(batch.copies)
         if not batch.rows:
             self.scheduler.commit()
 
     def _timed_copy(self, copy: Callable[[list[tuple[int, int]]], None], moves: list[tuple[int, int]]) -> None:
-        if moves:
-            started = self._clock()
-            copy(moves)
-            self.scheduler.swap.costs.copy.add(len(moves), self._clock() - started)
+        started = self._clock()
+        copy(moves)
+        self.scheduler.swap.costs.copy.add(len(moves), self._clock() - started)
 
     def _measure_copies(self) -> None:
         """Time small and larger copies while the pool is still empty, so that the first preemption can choose."""
@@ -199,6 +201,7 @@ class Engine:
     def _count(self, batch: ScheduledBatch) -> None:
         self._steps += 1
         self._max_batch_size = max(self._max_batch_size, len(batch.rows))
+        self._occupancy.append((self._steps, self.pool.num_used, self.pool.num_cached))
         for row in batch.rows:
             self._prefilled += max(0, min(row.end, row.sequence.prompt_length) - row.start)
 
@@ -319,6 +322,10 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
             tokens_prefilled=self._prefilled,
             tokens_generated=self._generated,
+            swap_blocks_total=self.scheduler.swap.pool.total,
+            swap_blocks_used=self.scheduler.swap.pool.num_used,
+            block_map=self.pool.block_map(),
+            occupancy=tuple(self._occupancy),
         )
 
     def _empty_slots(self) -> int:

@@ -10,7 +10,7 @@ from pagedllm_core.batch import ScheduledBatch, wants_prompt_logprobs
 from pagedllm_core.decode.beam_step import advance_beams, conclude_early
 from pagedllm_core.decode.finish import finish_sequence, take_token
 from pagedllm_core.decode.logprobs import ScoredTokens, score_tokens
-from pagedllm_core.decode.sample import Draw, sample
+from pagedllm_core.decode.sample import Draw, most_likely, sample
 from pagedllm_core.errors import NO_TOKEN, PagedLLMError, RequestFailedError, as_failure
 from pagedllm_core.request import Request, Sequence
 
@@ -105,13 +105,14 @@ def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> tor
                     logits[row] = choice.request.rules.apply(logits[row], choice.sequence)
                 except Exception as error:
                     failures[choice.request] = as_failure(choice.request.request_id, error)
-    possible = logits.amax(dim=-1).isfinite()
+    best = most_likely(logits)
+    possible = logits.gather(1, best[:, None]).squeeze(1).isfinite()
     if not bool(possible.all()):
         for row in (~possible).nonzero().flatten().tolist():
             failures.setdefault(choices[row].request, RequestFailedError(NO_TOKEN))
         logits = torch.where(possible[:, None], logits, 0.0)
     draws = [Draw(choice.request.sampling, choice.child, choice.sequence.num_tokens) for choice in choices]
-    return sample(logits, draws)
+    return sample(logits, draws, best)
 
 
 def _child(choice: Choice) -> Sequence:
