@@ -197,11 +197,11 @@ class Engine:
                     self._settle(request)
                 except Exception as error:
                     self._fail(request, as_failure(request.request_id, error))
+        self._occupancy.append((self._steps, self.pool.num_used, self.pool.num_cached))
 
     def _count(self, batch: ScheduledBatch) -> None:
         self._steps += 1
         self._max_batch_size = max(self._max_batch_size, len(batch.rows))
-        self._occupancy.append((self._steps, self.pool.num_used, self.pool.num_cached))
         for row in batch.rows:
             self._prefilled += max(0, min(row.end, row.sequence.prompt_length) - row.start)
 

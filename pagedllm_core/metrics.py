@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,10 @@ class EngineStats:
         preemptions: Requests preempted so far.
         tokens_prefilled: Prompt tokens computed so far.
         tokens_generated: Tokens generated so far.
+        swap_blocks_total: Blocks of host memory for preempted requests.
+        swap_blocks_used: Of those, the ones that hold something.
+        block_map: A byte for each block: 0 free, 1 cached, 2 used, 3 used by several sequences.
+        occupancy: (step, blocks used, blocks cached) of each of the latest steps.
     """
 
     running: int = 0
@@ -42,3 +46,13 @@ class EngineStats:
     preemptions: int = 0
     tokens_prefilled: int = 0
     tokens_generated: int = 0
+    swap_blocks_total: int = 0
+    swap_blocks_used: int = 0
+    block_map: bytes = field(default=b"", repr=False)
+    occupancy: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: the block map, and occupancy over time."""
+        from pagedllm_core.notebook import stats_html
+
+        return stats_html(self)

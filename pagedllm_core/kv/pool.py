@@ -17,6 +17,9 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
+FREE, CACHED, USED, SHARED = range(4)
+"""What a block is on the block map; SHARED is a used block that several block tables name."""
+
 
 class BlockPool:
     """Hands out the ids 0 .. total - 1. Not thread-safe: only the engine's thread touches it.
@@ -141,6 +144,13 @@ class BlockPool:
             self._hash[block] = None
         if not keep_pending:
             self._pending.discard(block)
+
+    def block_map(self) -> bytes:
+        """FREE, CACHED, USED or SHARED for each block. O(total), for looking at."""
+        states = bytearray([SHARED if ref > 1 else USED if ref else FREE for ref in self._ref])
+        for block in self._cached:
+            states[block] = CACHED
+        return bytes(states)
 
     def check(self, tables: Iterable[Iterable[int]]) -> None:
         """Prove the invariants against every live block table. For tests; O(total).

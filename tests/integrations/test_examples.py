@@ -61,3 +61,6 @@ def test_notebook() -> None:
     )
     assert "of 24 are right" in text
     assert "times faster" in text
+    pictures = [output["data"].get("text/html", "") for cell in notebook.cells for output in cell.get("outputs", [])
+                if output.output_type == "execute_result"]  # fmt: skip
+    assert any("KV blocks after step" in picture for picture in pictures)
