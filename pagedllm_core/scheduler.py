@@ -91,8 +91,8 @@ class Scheduler:
             request: A running request.
             batch: The step that may copy the blocks to host memory; without one they are recomputed.
         """
-        self.running.remove(request)
         moves = None if batch is None else self.swap.swap_out(request)
+        self.running.remove(request)
         if batch is None or moves is None:
             for sequence in request.sequences:
                 sequence.rewind()

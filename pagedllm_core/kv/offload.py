@@ -95,6 +95,7 @@ class SwapSpace:
         enough = 0 < len(blocks) <= self.pool.num_available
         if not enough or not self.costs.swapping_pays(len(blocks), len(blocks) * self._block_size):
             return None
+        self._pending.append(request)  # from here on, so that a failure is undone by `withdraw`
         host: dict[int, int] = {}
         for sequence in request.sequences:
             sequence.swapped = BlockTable(self.pool, self._block_size)
@@ -105,7 +106,6 @@ class SwapSpace:
                     host[block] = self.pool.allocate()
                 sequence.swapped.append(host[block])
             sequence.table.release()
-        self._pending.append(request)
         return list(host.items())
 
     def swap_in(self, request: Request, pool: BlockPool) -> Moves:
@@ -120,7 +120,7 @@ class SwapSpace:
         moves: Moves = []
         device: dict[int, int] = {}
         for sequence in request.sequences:
-            swapped, sequence.swapped = sequence.swapped, None
+            swapped = sequence.swapped
             if swapped is None:
                 continue
             for index, block in enumerate(swapped.ids.tolist()):
@@ -135,6 +135,7 @@ class SwapSpace:
                         sequence.table.seal(index, sequence.block_hash(index))
                 device[block] = int(sequence.table.ids[index])
             swapped.release()
+            sequence.swapped = None
         return moves
 
     def commit(self) -> None:
