@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete prompts; results come in input order.
+        """Complete prompts; results come in input order. Under the policy "fair", each call has a share of its own.
 
         Args:
             prompts: One prompt (text, token ids, or a dictionary of either) or a list of them.
@@ -50,7 +51,8 @@ class LLM:
         """
         batch = _as_batch(prompts)
         params = _as_list(sampling_params, len(batch))
-        requests = [self.engine.prepare(prompt, one, stream=False) for prompt, one in zip(batch, params, strict=True)]
+        options = {"share_key": uuid.uuid4().hex, "stream": False}
+        requests = [self.engine.prepare(prompt, one, **options) for prompt, one in zip(batch, params, strict=True)]
         return self._run(requests, use_tqdm)
 
     def chat(

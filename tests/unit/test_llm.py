@@ -54,6 +54,18 @@ def test_every_form_of_a_prompt(llm: LLM) -> None:
     assert len(llm.generate("Hi", use_tqdm=False)[0].outputs[0].token_ids) <= 16
 
 
+def test_each_call_has_a_share_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+    enqueue = llm.engine.enqueue
+    monkeypatch.setattr(llm.engine, "enqueue", lambda one: (keys.append(one.share_key), enqueue(one))[1])
+    params = SamplingParams(max_tokens=1)
+    llm.generate(PROMPTS, params, use_tqdm=False)
+    llm.chat([[{"role": "user", "content": "Hi"}]] * 2, params, use_tqdm=False)
+    llm.generate("Hi", params, use_tqdm=False)
+    assert [keys.count(key) for key in dict.fromkeys(keys)] == [4, 2, 1]
+    assert None not in keys
+
+
 def test_one_bad_prompt_starts_none(llm: LLM) -> None:
     steps = llm.stats().steps
     with pytest.raises(InvalidRequestError, match="empty"):

@@ -136,6 +136,11 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         finally:
             await outputs.aclose()
 
+    def _streaming_disabled(self, **kwargs: Any) -> bool:
+        # A listener to tokens makes `invoke` stream, too; several replies come whole, unless `stream` was called.
+        several = kwargs.get("n", self.n) != 1 and not kwargs.get("stream")
+        return several or super()._streaming_disabled(**kwargs)
+
     def _call(
         self,
         messages: list[BaseMessage],

@@ -55,4 +55,6 @@ def check_streamable(call: Call) -> None:
         InvalidRequestError: `n` is more than 1.
     """
     if call.params.n > 1:
-        raise InvalidRequestError(f"n={call.params.n}: a stream carries one reply; use invoke or generate, or n=1")
+        raise InvalidRequestError(
+            f"n={call.params.n}: a stream carries one reply; use invoke or generate, or n=1 (and best_of for beams)"
+        )

@@ -160,6 +160,19 @@ async def test_beams_are_streamed_when_they_are_done() -> None:
     assert [chunk for chunk in chunks if chunk] == [whole]
 
 
+async def test_invoke_gives_the_best_beam_where_somebody_listens_to_tokens() -> None:
+    chat = ChatPagedLLM(model="tiny", **BEAMS)
+
+    async def ask(text: str) -> Any:
+        return (await chat.ainvoke(text)).content
+
+    events = [event async for event in RunnableLambda(ask).astream_events("Where is the library?", version="v2")]
+    best = chat.invoke("Where is the library?").content
+    assert best
+    assert events[-1]["data"]["output"] == best
+    assert ChatPagedLLM(model="tiny", streaming=True, **BEAMS).invoke("Where is the library?").content == best
+
+
 def test_what_beams_cannot_have_is_refused_by_name() -> None:
     for fields, name in [({"temperature": 0.7}, "temperature"), ({"top_p": 0.5}, "top_p"), ({"seed": 3}, "seed")]:
         with pytest.raises(InvalidRequestError, match=name):

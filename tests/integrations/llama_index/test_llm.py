@@ -307,5 +307,9 @@ def test_beams():
         wanted = engine.chat([{"role": "user", "content": "Where is the library?"}], params)[0].outputs
     llm = PagedLLM(model="tiny", use_beam_search=True, best_of=4, max_tokens=12)
     assert llm.chat([ChatMessage(content="Where is the library?")]).message.content == wanted[0].text
-    with pytest.raises(InvalidRequestError, match="temperature"):
+    response, deltas = last(llm.stream_chat([ChatMessage(content="Where is the library?")]))
+    assert response.message.content == deltas == wanted[0].text
+    with pytest.raises(InvalidRequestError, match=r"temperature=0\.5: beam search does not sample"):
         llm.complete("Hello", temperature=0.5)
+    with pytest.raises(InvalidRequestError, match="n=4: a response carries one reply; use n=1, and best_of"):
+        llm.complete("Hello", n=4, best_of=4)

@@ -222,7 +222,8 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         if given.get("response_format") is not None:
             raise InvalidRequestError("response_format: not supported yet (it needs guided decoding); leave it out")
         if given.get("n", self.n) != 1:
-            raise InvalidRequestError(f"n={given.get('n', self.n)}: a response carries one reply; use n=1")
+            n = given.get("n", self.n)
+            raise InvalidRequestError(f"n={n}: a response carries one reply; use n=1, and best_of for the beams' width")
         return given
 
     # Tools.
