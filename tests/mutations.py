@@ -1,9 +1,10 @@
 """Seeds known bugs, one at a time, into a copy of the core, and shows which test catches each.
 
     python -m tests.mutations             # all; exits with 1 if a bug survives
+    python -m tests.mutations swap        # those whose name holds "swap"
 
 A test that cannot fail proves nothing. Each entry is a mistake somebody could make in the pool, the tables, the
-scheduler or the sampling.
+scheduler, swapping or the sampling.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/unit/test_engine.py", "tests/property", "tests/unit/test_sampling.py", "tests/unit/test_detokenize.py"]
+UNIT = ("engine", "swapping", "prefix_cache", "sampling", "detokenize")
+TESTS = [*(f"tests/unit/test_{name}.py" for name in UNIT), "tests/property"]
 log = logging.getLogger("mutations")
 
 
@@ -31,6 +33,7 @@ class Mutation(NamedTuple):
 
 
 POOL, TABLE, SCHEDULER = "pagedllm_core/kv/pool.py", "pagedllm_core/kv/table.py", "pagedllm_core/scheduler.py"
+HASHING, OFFLOAD, ENGINE = "pagedllm_core/kv/hashing.py", "pagedllm_core/kv/offload.py", "pagedllm_core/engine.py"
 MUTATIONS = [
     Mutation(
         "a hit does not pin", POOL, "            self._ref[block] += 1\n        return block", "        return block"
@@ -77,7 +80,12 @@ MUTATIONS = [
         "last = sequence.num_tokens // size",
     ),
     Mutation("sealed one block too early", SCHEDULER, "end // self.block_size):", "-(-end // self.block_size)):"),
-    Mutation("the oldest is preempted", SCHEDULER, "self.preempt(self.running[-1])", "self.preempt(self.running[0])"),
+    Mutation(
+        "the oldest is preempted",
+        SCHEDULER,
+        "self.preempt(self.running[-1], batch)",
+        "self.preempt(self.running[0], batch)",
+    ),
     Mutation(
         "copies are not counted",
         SCHEDULER,
@@ -94,8 +102,8 @@ MUTATIONS = [
     Mutation(
         "a preempted request starts over",
         "pagedllm_core/request.py",
-        "        self.table.release()\n        self.num_computed = 0",
-        "        self.table.release()\n        del self.token_ids[self.prompt_length :]\n        self.num_computed = 0",
+        "            self.swapped = None\n        self.num_computed = 0",
+        "            self.swapped = None\n        del self.token_ids[self.prompt_length :]\n        self.num_computed = 0",
     ),
     Mutation("the salt is ignored", "pagedllm_core/intake.py", "params.cache_salt, private)", "None, private)"),
     Mutation(
@@ -112,9 +120,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a failed step takes everybody with it",
-        "pagedllm_core/engine.py",
+        ENGINE,
         "        if suspect is not None:\n            logger",
-        "        for culprit in culprits:\n            self._fail(culprit, _as_failure(culprit, error))\n        if suspect is not None:\n            logger",
+        "        for culprit in culprits:\n            self._fail(culprit, as_failure(culprit.request_id, error))\n        if suspect is not None:\n            logger",
     ),
     Mutation(
         "half a character is handed out",
@@ -127,6 +135,266 @@ MUTATIONS = [
         "pagedllm_core/decode/detokenize.py",
         "max(0, self._search_from + 1 - len(stop))",
         "self._search_from",
+    ),
+    Mutation(
+        "a block in use stays among the cached",
+        POOL,
+        "                del self._cached[block]\n",
+        "                self._cached[block]\n",
+    ),
+    Mutation("a block that is not computed is kept", POOL, " and block not in self._pending:", ":"),
+    Mutation(
+        "the second block of one content is kept",
+        POOL,
+        "indexed = block_hash is not None and self._index.get(block_hash) == block",
+        "indexed = block_hash is not None",
+    ),
+    Mutation(
+        "the second block of one content is found",
+        POOL,
+        "self._index.setdefault(block_hash, block)",
+        "self._index[block_hash] = block",
+    ),
+    Mutation(
+        "forgetting a block forgets its twin",
+        POOL,
+        "            if self._index.get(block_hash) == block:\n",
+        "            if block_hash in self._index:\n",
+    ),
+    Mutation(
+        "a successful step's blocks stay in doubt",
+        POOL,
+        'its sealed blocks are computed."""\n        self._pending.clear()',
+        'its sealed blocks are computed."""',
+    ),
+    Mutation("an evicted block keeps its hash", POOL, "            self._hash[block] = None\n", "            pass\n"),
+    Mutation(
+        "neighbours are not preferred",
+        POOL,
+        "if after is not None and after + 1 in self._free:",
+        "if after is not None and after - 1 in self._free and after + 1 in self._free:",
+    ),
+    Mutation("two forks have one list of blocks", TABLE, "other._ids = self._ids.copy()", "other._ids = self._ids"),
+    Mutation(
+        "released from the table, not from the pool",
+        TABLE,
+        "            self._pool.release(block)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "a sealed block is overwritten",
+        TABLE,
+        "if index >= self._length or self._pool.writable(int(self._ids[index])):",
+        "if index >= self._length or self._pool.ref(int(self._ids[index])) == 1:",
+    ),
+    Mutation("a block's address forgets what came before", HASHING, "hashlib.sha256(parent + np", "hashlib.sha256(np"),
+    Mutation(
+        "parts of the root run together",
+        HASHING,
+        'digest.update(len(data).to_bytes(8, "little") + data)',
+        "digest.update(data)",
+    ),
+    Mutation(
+        "a hit in the middle of a block",
+        SCHEDULER,
+        "while sequence.num_computed % size == 0 and sequence.num_computed // size < last:",
+        "while sequence.num_computed // size < last:",
+    ),
+    Mutation(
+        "nothing is reused",
+        SCHEDULER,
+        "                return\n            sequence.num_computed += size",
+        "                return\n            return\n            sequence.num_computed += size",
+    ),
+    Mutation(
+        "sealed one block too late",
+        SCHEDULER,
+        "for index in range(start // self.block_size, end // self.block_size):",
+        "for index in range(start // self.block_size, (end - 1) // self.block_size):",
+    ),
+    Mutation(
+        "cached blocks are admitted twice",
+        SCHEDULER,
+        "if block is None or self.pool.ref(block) == 0:",
+        "if block is None:",
+    ),
+    Mutation(
+        "a preempted request goes to the end",
+        SCHEDULER,
+        "bisect.insort(self.running, request, key=self.waiting.order)",
+        "self.running.append(request)",
+    ),
+    Mutation(
+        "after a failed step all go on as if it had run",
+        ENGINE,
+        "        for request in running:\n            self.scheduler.preempt(request)\n",
+        "",
+    ),
+    Mutation("a failed step's blocks can still be found", SCHEDULER, "        self.pool.withdraw()\n", ""),
+    Mutation(
+        "copy on write before swapping out",
+        ENGINE,
+        "        if batch.swap_out:\n            self._timed_copy(self.runner.swap_out, batch.swap_out)\n        if batch.swap_in:\n            self._timed_copy(self.runner.swap_in, batch.swap_in)\n        if batch.copies:\n            self.runner.copy_blocks(batch.copies)\n",
+        "        if batch.copies:\n            self.runner.copy_blocks(batch.copies)\n        if batch.swap_out:\n            self._timed_copy(self.runner.swap_out, batch.swap_out)\n        if batch.swap_in:\n            self._timed_copy(self.runner.swap_in, batch.swap_in)\n",
+    ),
+    Mutation("swapped out, but not copied", SCHEDULER, "            batch.swap_out += moves\n", "            pass\n"),
+    Mutation(
+        "swapped in, but not copied",
+        SCHEDULER,
+        "batch.swap_in += self.swap.swap_in(request, self.pool)",
+        "self.swap.swap_in(request, self.pool)",
+    ),
+    Mutation(
+        "swapped in without the room",
+        SCHEDULER,
+        "rows, needed = len(request.active), blocks + len(request.active)",
+        "rows, needed = len(request.active), len(request.active)",
+    ),
+    Mutation(
+        "swapped in without room for the next step",
+        SCHEDULER,
+        "rows, needed = len(request.active), blocks + len(request.active)",
+        "rows, needed = len(request.active), blocks",
+    ),
+    Mutation(
+        "swapped in beyond the token budget",
+        SCHEDULER,
+        "            return batch.num_tokens + rows <= self.max_num_batched_tokens\n",
+        "            return True\n",
+    ),
+    Mutation(
+        "swapped out and too large to come back",
+        SCHEDULER,
+        "            for sequence in request.sequences:\n                sequence.rewind()\n        return not self.running",
+        "            pass\n        return not self.running",
+    ),
+    Mutation(
+        "swapped out is admitted as if it were new",
+        SCHEDULER,
+        "        if not request.swapped:\n",
+        "        if True:\n",
+    ),
+    Mutation("a failed step's swapping out is believed", SCHEDULER, "        self.swap.withdraw()\n", ""),
+    Mutation("a successful step's swapping out stays in doubt", SCHEDULER, "        self.swap.commit()\n", ""),
+    Mutation(
+        "a swapped request that ends keeps its host blocks",
+        "pagedllm_core/request.py",
+        "            self.swapped.release()\n",
+        "",
+    ),
+    Mutation(
+        "a failed step's swapping out is withdrawn for one sequence",
+        OFFLOAD,
+        "            for sequence in request.sequences:\n                sequence.rewind()\n",
+        "            request.sequences[0].rewind()\n",
+    ),
+    Mutation(
+        "what forks share is swapped out twice",
+        OFFLOAD,
+        "                if block in host:\n",
+        "                if block in host and False:\n",
+    ),
+    Mutation(
+        "what forks share is swapped out with one reference",
+        OFFLOAD,
+        "                    self.pool.share(host[block])\n",
+        "                    pass\n",
+    ),
+    Mutation(
+        "what forks share is swapped in twice",
+        OFFLOAD,
+        "                if block in device:\n",
+        "                if block in device and False:\n",
+    ),
+    Mutation(
+        "what forks share is swapped in with one reference",
+        OFFLOAD,
+        "                    pool.share(device[block])\n",
+        "",
+    ),
+    Mutation("swapping out keeps the device blocks", OFFLOAD, "            sequence.table.release()\n", ""),
+    Mutation("swapping in keeps the host blocks", OFFLOAD, "            swapped.release()\n", ""),
+    Mutation(
+        "swapping out more than there is room for",
+        OFFLOAD,
+        "0 < len(blocks) <= self.pool.num_available",
+        "0 < len(blocks)",
+    ),
+    Mutation(
+        "a swapped-in partial block is sealed",
+        OFFLOAD,
+        "                    if full:\n",
+        "                    if True:\n",
+    ),
+    Mutation(
+        "a swapped-in partial block is looked up",
+        OFFLOAD,
+        "elif not full or not sequence.table",
+        "elif not sequence.table",
+    ),
+    Mutation(
+        "a swapped-in full block is always copied",
+        OFFLOAD,
+        "elif not full or not sequence.table.append_cached(sequence.block_hash(index)):",
+        "elif True:",
+    ),
+    Mutation(
+        "a swapped-in full block is not sealed",
+        OFFLOAD,
+        "                        sequence.table.seal(index, sequence.block_hash(index))\n",
+        "                        pass\n",
+    ),
+    Mutation(
+        "swapping moves host blocks to the wrong place",
+        OFFLOAD,
+        "moves.append((block, int(sequence.table.ids[index])))",
+        "moves.append((block, int(sequence.table.ids[0])))",
+    ),
+    Mutation("swapping is thought to cost one copy", OFFLOAD, "return 2 * (", "return 1 * ("),
+    Mutation(
+        "without caching others' blocks are found while they run",
+        "pagedllm_core/intake.py",
+        'private = None if self._config.enable_prefix_caching else f"request {number}"',
+        "private = None",
+    ),
+    Mutation("a chunk exceeds the token budget", SCHEDULER, "wanted = min(missing, budget, ", "wanted = min(missing, "),
+    Mutation(
+        "what a resumed request finds counts as a hit",
+        SCHEDULER,
+        "if request.metrics.preemptions == 0 and sequence.num_generated == 0:",
+        "if sequence.num_generated == 0:",
+    ),
+    Mutation(
+        "a decoding sequence is thought to need no block",
+        SCHEDULER,
+        "            if sequence.num_computed == sequence.table.room():\n                needed += 1\n",
+        "            if sequence.num_computed == sequence.table.room():\n",
+    ),
+    Mutation("copied the wrong way", TABLE, "copy = (source, destination)", "copy = (destination, source)"),
+    Mutation(
+        "a parent writes before its forks are made",
+        "pagedllm_core/decode/advance.py",
+        "choices.sort(key=lambda choice: choice.child == choice.sequence.index)",
+        "choices.sort(key=lambda choice: choice.child != choice.sequence.index)",
+    ),
+    Mutation(
+        "a beam that is dropped keeps its blocks",
+        "pagedllm_core/decode/beam_step.py",
+        "        if parent not in children:\n            parent.rewind()\n",
+        "        pass\n",
+    ),
+    Mutation(
+        "beams share one parent's list of tokens",
+        "pagedllm_core/request.py",
+        "other = Sequence(index, self.token_ids.copy(), ",
+        "other = Sequence(index, self.token_ids, ",
+    ),
+    Mutation("requests time out before their time", ENGINE, "return self._deadlines[0][0] <= ", "return 0 <= "),
+    Mutation(
+        "a request tried alone is not alone",
+        ENGINE,
+        "self.scheduler.schedule(only=suspect)",
+        "self.scheduler.schedule()",
     ),
 ]
 
@@ -141,7 +409,7 @@ def survives(mutation: Mutation, folder: Path) -> bool:
         )
     target.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "60", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "120", *TESTS]
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     finally:
         target.write_text(text, encoding="utf-8")

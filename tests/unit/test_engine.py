@@ -333,22 +333,6 @@ def test_duplicate_id_is_refused_and_the_first_goes_on() -> None:
     assert run_all(engine)["same"].outputs[0].token_ids == expected_greedy([1, 2], 5, VOCAB)
 
 
-def test_a_shared_prefix_is_computed_once_even_in_one_step() -> None:
-    engine = fake_engine(FakeRunner(num_blocks=512, block_size=4), max_num_seqs=32, max_num_batched_tokens=2048)
-    prefix = [token % VOCAB for token in range(128)]
-    wanted = {}
-    for number in range(32):
-        prompt = [*prefix, number, number + 1, number + 2]
-        wanted[engine.add(prompt, SamplingParams(max_tokens=4))] = expected_greedy(prompt, 4, VOCAB)
-    results = run_all(engine)
-    assert {key: result.outputs[0].token_ids for key, result in results.items()} == wanted
-    assert engine.stats().tokens_prefilled == 128 + 32 * 3
-    assert sum(result.metrics.cached_tokens for result in results.values()) == 31 * 128
-    engine.add([*prefix, 9, 9, 9], SamplingParams(max_tokens=4, cache_salt="other"))
-    run_all(engine)
-    assert engine.stats().tokens_prefilled == 128 + 32 * 3 + 131
-
-
 def test_logprobs_and_prompt_logprobs() -> None:
     import torch
 
