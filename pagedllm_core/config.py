@@ -79,7 +79,7 @@ class EngineConfig(ValidatedModel):
     max_num_batched_tokens: int = Field(2048, ge=1, description="Most tokens computed in one step.")
     scheduling_policy: Literal["fcfs", "priority", "fair"] = Field("fcfs", description="Order of the waiting requests.")
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes across requests.")
-    deterministic: bool = Field(False, description="Bit-equal results whatever else runs. Not supported yet.")
+    deterministic: bool = Field(False, description="Refuse a model whose results are not bit-equal whatever else runs.")
     generation_config: str = Field("auto", description='Sampling defaults: "auto" (the model\'s), "none", or a folder.')
     seed: int = Field(0, description="Seeds requests that give none, and dummy weights.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the forward pass; torch's default if None.")
@@ -113,7 +113,6 @@ class EngineConfig(ValidatedModel):
             "quantization": self.quantization is not None,
             "load_format": self.load_format == "gguf",
             "kv_cache_dtype": self.kv_cache_dtype != "auto",
-            "deterministic": self.deterministic,
             "tensor_parallel_size": self.tensor_parallel_size != 1,
         }
         for name, is_missing in missing.items():

@@ -32,6 +32,9 @@ from pagedllm_core.model.support import unsupported
 
 logger = logging.getLogger("pagedllm.model")
 
+StepFunction = Callable[[ForwardBatch], torch.Tensor]
+"""Computes a step: float32 [L, vocab], a row for each of the batch's `logits_rows`."""
+
 _WINDOW = 3
 _LENGTH = 9
 _BLOCK_SIZE = 4
@@ -107,9 +110,7 @@ def probe_layers(
         UnsupportedModelError: The model cannot be served exactly; says why.
     """
     device = next(model.parameters()).device
-    vocab = int(hf_config.get_text_config(decoder=True).vocab_size)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocab, (2, _LENGTH), generator=generator).to(device)
+    tokens = probe_tokens(hf_config).to(device)
     try:
         with torch.inference_mode(), _small_windows(model) as windows:
             layers = _look(model, hf_config, tokens[:1], windows)
@@ -123,6 +124,12 @@ def probe_layers(
     layers = [_with_real_window(hf_config, layer, windows) for layer in layers]
     _compare_with_cache(hf_config, layers)
     return layers
+
+
+def probe_tokens(hf_config: Any) -> torch.Tensor:
+    """Two sequences of random tokens, int64 [2, 9]."""
+    vocab = int(hf_config.get_text_config(decoder=True).vocab_size)
+    return torch.randint(0, vocab, (2, _LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -273,32 +280,22 @@ def _compare_with_cache(hf_config: Any, layers: list[ProbedLayer]) -> None:
 def _prove(
     model: nn.Module, hf_config: Any, layers: list[ProbedLayer], tokens: torch.Tensor, backend: AttentionBackend
 ) -> None:
-    """Compare our logits with the model's own, on two sequences computed side by side in three steps."""
-    first, second = tokens[:1], tokens[1:, :-2]
-    with _implementation(model, "eager"), running(_Refusing()):
-        own = [_own_logits(model, first), _own_logits(model, second)]
-    if not all(bool(logits.isfinite().all()) for logits in own):
-        logger.warning("the model's own logits are not finite, so that the check against them was left out")
-        return
-    per_table = -(-_LENGTH // _BLOCK_SIZE)
-    storage = KVStorage([layer.geometry for layer in layers], 2 * per_table, _BLOCK_SIZE, tokens.device)
-    served = {layer.module: Layer(layer.spec, storage.layer(layer.spec.kv_group)) for layer in layers}
-    ours: list[list[torch.Tensor]] = [[], []]
-    ragged = RaggedModel(model)
-    for spans in (((0, 4), (0, 1)), ((4, 5), (1, 6)), ((5, 9), (6, 7))):
-        batch = _batch(spans, tokens, per_table)
-        rows = torch.arange(len(batch.token_ids), device=tokens.device)
-        context = PagedContext(backend, served, backend.prepare(batch))
-        logits = ragged.logits(
+    """Compare our logits with the model's own."""
+
+    def served(storage: KVStorage) -> StepFunction:
+        modules = {layer.module: Layer(layer.spec, storage.layer(layer.spec.kv_group)) for layer in layers}
+        ragged = RaggedModel(model)
+        return lambda batch: ragged.logits(
             torch.from_numpy(batch.token_ids).to(tokens.device),
             torch.from_numpy(batch.positions).to(tokens.device),
-            rows,
-            context,
+            torch.from_numpy(batch.logits_rows).to(tokens.device),
+            PagedContext(backend, modules, backend.prepare(batch)),
         )
-        cut = int(batch.query_starts[1])
-        ours[0].append(logits[:cut])
-        ours[1].append(logits[cut:])
-    error = torch.cat([_distance(torch.cat(mine), theirs) for mine, theirs in zip(ours, own, strict=True)])
+
+    error = distances_to_own(model, layers, tokens, served)
+    if error is None:
+        logger.warning("the model's own logits are not finite, so that the check against them was left out")
+        return
     exact = layers[0].geometry.dtype in (torch.float32, torch.float64)
     far = (error > (0.01 if exact else 0.2)) | error.isnan()
     # A few rows may differ by more: rounding can send a token to another expert.
@@ -308,6 +305,36 @@ def _prove(
             "tried on a few tokens, its logits over a paged cache are not its own "
             f"(relative difference {float(error.nanmedian()):.2g}), so something beside attention looks across tokens",
         )
+
+
+def distances_to_own(
+    model: nn.Module, layers: list[ProbedLayer], tokens: torch.Tensor, served: Callable[[KVStorage], StepFunction]
+) -> torch.Tensor | None:
+    """How far logits over a paged cache are from the model's own, on two sequences side by side in three steps.
+
+    Args:
+        model: A causal LM in eval mode.
+        layers: Its attention layers.
+        tokens: int64 [2, 9].
+        served: Gives what computes a step over a storage of small blocks; called after the model's own logits.
+
+    Returns:
+        The relative distance of each row's logits, [16]; None where the model's own are not finite.
+    """
+    first, second = tokens[:1], tokens[1:, :-2]
+    with _implementation(model, "eager"), running(_Refusing()):
+        own = [_own_logits(model, first), _own_logits(model, second)]
+    if not all(bool(logits.isfinite().all()) for logits in own):
+        return None
+    per_table = -(-_LENGTH // _BLOCK_SIZE)
+    step = served(KVStorage([layer.geometry for layer in layers], 2 * per_table, _BLOCK_SIZE, tokens.device))
+    ours: list[list[torch.Tensor]] = [[], []]
+    for spans in (((0, 4), (0, 1)), ((4, 5), (1, 6)), ((5, 9), (6, 7))):
+        batch = _batch(spans, tokens, per_table)
+        logits, cut = step(batch), int(batch.query_starts[1])
+        ours[0].append(logits[:cut])
+        ours[1].append(logits[cut:])
+    return torch.cat([_distance(torch.cat(mine), theirs) for mine, theirs in zip(ours, own, strict=True)])
 
 
 def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

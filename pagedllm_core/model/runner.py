@@ -5,20 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from pagedllm_core.attention.base import ForwardBatch
+from pagedllm_core.attention.base import AttentionBackend, ForwardBatch
+from pagedllm_core.attention.native import NativeAttention
 from pagedllm_core.attention.torch_paged import TorchPagedAttention
 from pagedllm_core.config import EngineConfig
-from pagedllm_core.errors import CapacityError, InvalidRequestError
+from pagedllm_core.errors import CapacityError, InvalidRequestError, UnsupportedModelError
 from pagedllm_core.kv.storage import KVStorage, block_bytes
+from pagedllm_core.model.determinism import shapes_that_differ
+from pagedllm_core.model.fuse import fuse
 from pagedllm_core.model.hf import Layer, PagedContext, RaggedModel
 from pagedllm_core.model.loader import LoadedModel, load_model
 from pagedllm_core.model.memory import available_memory
 from pagedllm_core.model.probe import ProbedLayer, probe_layers
+from pagedllm_core.native.library import load, tier
 
 logger = logging.getLogger("pagedllm.model")
 
@@ -57,7 +62,10 @@ class ModelRunner:
         self._num_threads = config.num_threads
         with self._threads():
             loaded = load_model(config)
-            layers = probe_layers(loaded.model, loaded.hf_config, TorchPagedAttention)
+            library = load(tier()) if loaded.device.type == "cpu" else None
+            attention = TorchPagedAttention if library is None else partial(NativeAttention, library=library)
+            layers = probe_layers(loaded.model, loaded.hf_config, attention)
+            self._fused = None if library is None else fuse(loaded.model, loaded.hf_config, layers, library)
         self.max_model_len = loaded.max_model_len
         self.block_size = config.block_size
         self.eos_token_ids = loaded.eos_token_ids
@@ -67,17 +75,27 @@ class ModelRunner:
         self.dtype = loaded.dtype
         self.model_name = loaded.name
         self.vocab_size = _logits_width(loaded)
-        self._model = RaggedModel(loaded.model)
-        self._backend = TorchPagedAttention(self.device, self.block_size)
+        self._model = RaggedModel(torch.nn.Identity() if self._fused else loaded.model)
+        self._backend: AttentionBackend = attention(self.device, self.block_size)
         geometry = [layer.geometry for layer in layers]
         self.num_blocks = self._pool_size(config, layers)
         self.num_host_blocks = self._host_blocks(config, block_bytes(geometry, self.block_size))
         self._storage = KVStorage(geometry, self.num_blocks, self.block_size, self.device, self.num_host_blocks)
-        self._layers = self._serve(layers, self._storage)
+        if self._fused is not None:
+            self._fused.bind(self._storage)
+        if config.deterministic:
+            self._check_determinism()
+        self._layers = {} if self._fused else self._serve(layers, self._storage)
         logger.info(
-            "%s on %s in %s: %d blocks of %d tokens (%.1f MiB)",
+            "%s on %s in %s: %d blocks of %d tokens (%.1f MiB); %s",
             self.model_name, self.device, self.dtype, self.num_blocks, self.block_size, self._storage.nbytes / 2**20,
+            self._describe_code(library is not None),
         )  # fmt: skip
+
+    @property
+    def is_fused(self) -> bool:
+        """True where native code runs whole steps."""
+        return self._fused is not None
 
     @torch.inference_mode()
     def run(self, batch: ForwardBatch) -> torch.Tensor:
@@ -93,6 +111,8 @@ class ModelRunner:
             float32 [L, vocab], one row for each of `batch.logits_rows`, on the device. Inference tensors.
         """
         with self._threads():
+            if self._fused is not None:
+                return self._fused.logits(batch)
             return self._forward(batch, self._layers)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -112,11 +132,42 @@ class ModelRunner:
 
     def close(self) -> None:
         """Free the model and the pool. The runner cannot be used afterwards."""
-        self._layers = {}
+        self._layers, self._fused = {}, None
         self._storage.free()
         self._model = RaggedModel(torch.nn.Identity())
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _check_determinism(self) -> None:
+        """Only the native code keeps the order of its sums; what it promises is tried on some shapes.
+
+        Raises:
+            UnsupportedModelError: This model on this machine is not deterministic.
+        """
+        if self._fused is None:
+            raise UnsupportedModelError(
+                f"deterministic=True: {self.model_name!r} runs on torch here, whose results depend on the batch; use a "
+                "model that the native code runs whole (Llama, Mistral, Qwen2, Qwen3, Phi-3) on a CPU with AVX2, "
+                "with float32 or bfloat16, or leave deterministic out"
+            )
+        with self._threads():
+            different = shapes_that_differ(self._fused.logits, self.vocab_size, self.num_blocks, self.block_size)
+        if different:
+            raise UnsupportedModelError(
+                f"deterministic=True: {self.model_name!r} gave other bits on this machine for {', '.join(different)}; "
+                "leave deterministic out"
+            )
+
+    def _describe_code(self, native: bool) -> str:
+        """Which code runs the steps, and why."""
+        if self.device.type != "cpu":
+            return "torch"
+        if not native:
+            return (
+                f"torch, as no native code is compiled for this processor ({tier() or 'unknown to it'}); "
+                "python -m pagedllm_core.native.build compiles it"
+            )
+        return f"native code ({tier()}), {'the whole step' if self._fused else 'attention only'}"
 
     def _forward(self, batch: ForwardBatch, layers: dict[torch.nn.Module, Layer]) -> torch.Tensor:
         context = PagedContext(self._backend, layers, self._backend.prepare(batch))

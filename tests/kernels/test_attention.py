@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedllm_core.attention.base import AttentionBackend, ForwardBatch, LayerSpec
+from pagedllm_core.attention.native import NativeAttention
 from pagedllm_core.attention.reference import ReferenceAttention
 from pagedllm_core.attention.torch_paged import TorchPagedAttention
 from pagedllm_core.kv.storage import KVStorage, LayerGeometry, block_bytes, lazy_zeros, write_slots
+from tests.native import LIBRARIES
 
 CPU = torch.device("cpu")
-BACKENDS: dict[str, Callable[[torch.device, int], AttentionBackend]] = {"torch": TorchPagedAttention}
+BACKENDS: dict[str, Callable[[torch.device, int], AttentionBackend]] = {
+    "torch": TorchPagedAttention,
+    **{tier: partial(NativeAttention, library=library) for tier, library in LIBRARIES.items()},
+}
 
 
 @dataclass
@@ -140,7 +146,7 @@ def test_equals_reference_on_random_steps(backend: str, data: st.DataObject) -> 
         lengths,
         data.draw(st.sampled_from([1, 3, 4, 8])),
         (kv_heads * group, kv_heads),
-        data.draw(st.sampled_from([4, 16])),
+        data.draw(st.sampled_from([4, 16, 40, 128])),
     )
     spec = LayerSpec(
         scale=0.25,

@@ -132,7 +132,6 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("load_format", {"model": "m", "load_format": "pickle"}),
     ("kv_cache_dtype", {"model": "m", "kv_cache_dtype": "fp8"}),
     ("scheduling_policy", {"model": "m", "scheduling_policy": "random"}),
-    ("deterministic", {"model": "m", "deterministic": True}),
     ("tensor_parallel_size", {"model": "m", "tensor_parallel_size": 2}),
     ("no_such_field", {"model": "m", "no_such_field": 1}),
 ]

@@ -1,0 +1,64 @@
+"""Compiles the native code, once for each tier of instructions: `python -m pagedllm_core.native.build`.
+
+Wheels and editable installs run this where a C++ compiler is found. Nothing is ever compiled at import.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+logger = logging.getLogger("pagedllm.native")
+
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "decoder.cpp"
+# Division and square roots stay exact, and sums keep their order, so that rows do not depend on each other.
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno"]
+TIERS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"]}
+
+
+def library_path(tier: str) -> Path:
+    """Where the library of a tier lies, or would lie."""
+    return FOLDER / f"decoder_{tier}.so"
+
+
+def build() -> list[Path]:
+    """Compile every tier for this kind of machine.
+
+    Returns:
+        The libraries; none where there is no compiler, or where the machine is none that the tiers are for.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64" or sys.platform != "linux":
+        return []
+    built = []
+    for tier, flags in TIERS.items():
+        path = library_path(tier)
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+            compiled, linked = Path(folder, "decoder.o"), Path(folder, "decoder.so")
+            # OpenMP is not linked: at run time it is torch's own, so that there is one pool of threads.
+            for command in (
+                [compiler, *FLAGS, *flags, "-c", str(SOURCE), "-o", str(compiled)],
+                [compiler, "-shared", str(compiled), "-o", str(linked)],
+            ):
+                result = subprocess.run(command, capture_output=True, text=True, check=False)
+                if result.returncode:
+                    logger.warning("%s was not compiled: %s", path.name, result.stderr.strip()[-500:])
+                    break
+            else:
+                linked.replace(path)
+                built.append(path)
+    return built
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    found = build()
+    logger.info("%s", "\n".join(map(str, found)) or "nothing was compiled: a C++ compiler on x86-64 Linux is needed")
+    sys.exit(not found)

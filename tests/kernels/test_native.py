@@ -1,0 +1,95 @@
+"""The native code's linear layers, and the order of its sums. Its attention is tested in `test_attention.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pagedllm_core.config import EngineConfig
+from pagedllm_core.engine import Engine
+from pagedllm_core.errors import UnsupportedModelError
+from pagedllm_core.model.determinism import shapes_that_differ
+from pagedllm_core.model.runner import ModelRunner
+from pagedllm_core.native.library import PackedLinear
+from pagedllm_core.outputs import RequestOutput
+from pagedllm_core.params import SamplingParams
+from tests.fakes import run_all
+from tests.native import LIBRARIES
+
+pytestmark = pytest.mark.skipif(not LIBRARIES, reason="no native code was compiled for this processor")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=list(LIBRARIES))
+def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("PAGEDLLM_NATIVE", request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (37, 51), (96, 64), (200, 333)])
+def test_linear_layers(tier: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    bias = torch.randn(shape[0], generator=generator)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 50, 97, 200):
+        x = torch.randn(rows, shape[1], generator=generator)
+        for given in (bias, None):
+            packed = PackedLinear(LIBRARIES[tier], weight, given)
+            wanted = x.double() @ weight.double().T + (0 if given is None else given.double())
+            torch.testing.assert_close(packed(x, threads=2).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_bit_equal_alone_and_in_company(tier: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = PackedLinear(LIBRARIES[tier], torch.randn(130, 77, generator=generator).to(dtype))
+    x = torch.randn(150, 77, generator=generator)
+    together = packed(x, threads=2)
+    for rows in (1, 2, 5, 12, 13, 100):
+        assert torch.equal(packed(x[:rows].contiguous(), threads=1), together[:rows])
+
+
+def answers(together: bool, again: bool = False, **fields: Any) -> list[Any]:
+    """Tokens and log-probs of greedy, sampled and n > 1 requests, one at a time or together."""
+    prompts = [[(7 * number + 3 * place) % 900 + 5 for place in range(9 + 23 * number)] for number in range(6)]
+    engine = Engine(EngineConfig(model="tiny", **{"kv_cache_memory": "64MiB", "deterministic": True, **fields}))
+    found: dict[str, RequestOutput] = {}
+    for _ in range(2 if again else 1):
+        for number, prompt in enumerate(prompts):
+            sampling: dict[str, Any] = {"n": 2, "temperature": 0.9, "seed": 5} if number % 2 else {"temperature": 0}
+            params = SamplingParams(**sampling, max_tokens=12, logprobs=2, ignore_eos=True)
+            engine.add(prompt, params, request_id=str(number), stream=False)
+            if not together:
+                found |= run_all(engine)
+        found |= run_all(engine)
+    stats = engine.stats()
+    engine.close()
+    assert bool(stats.preemptions) == ("kv_cache_memory" in fields)
+    assert bool(stats.prefix_cache_hits) >= again
+    return [[(part.token_ids, part.logprobs) for part in found[str(n)].outputs] for n in range(len(prompts))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_results_are_bit_equal_alone_in_company_in_chunks_cached_and_preempted(tier: str, dtype: str) -> None:
+    alone = answers(False, dtype=dtype, enable_prefix_caching=False)
+    assert answers(True, dtype=dtype) == alone
+    assert answers(True, again=True, dtype=dtype) == alone
+    assert answers(True, dtype=dtype, max_num_batched_tokens=16, max_num_seqs=16) == alone
+    small = "1400KiB" if dtype == "float32" else "700KiB"
+    assert answers(True, dtype=dtype, kv_cache_memory=small, num_threads=1) == alone
+
+
+def test_deterministic_is_refused_where_it_would_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEDLLM_NATIVE", "none")
+    with pytest.raises(UnsupportedModelError, match="deterministic=True: 'tiny' runs on torch"):
+        ModelRunner(EngineConfig(model="tiny", deterministic=True))
+    runner = ModelRunner(EngineConfig(model="tiny", dtype="float32", kv_cache_memory="8MiB"))
+    layers = runner._layers
+    with torch.inference_mode():
+        different = shapes_that_differ(
+            lambda batch: runner._forward(batch, layers), runner.vocab_size, runner.num_blocks, runner.block_size
+        )
+    assert different, "the self-test sees no difference where there is one"
