@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-UNIT = ("engine", "swapping", "prefix_cache", "sampling", "detokenize")
-TESTS = [*(f"tests/unit/test_{name}.py" for name in UNIT), "tests/property"]
+UNIT = ("engine", "swapping", "swapping_faults", "prefix_cache", "sampling", "detokenize")
+PROPERTY = ("pool", "simulator", "state_machines")
+TESTS = [*(f"tests/unit/test_{name}.py" for name in UNIT), *(f"tests/property/test_{name}.py" for name in PROPERTY)]
 log = logging.getLogger("mutations")
 
 
@@ -399,6 +400,12 @@ MUTATIONS = [
 ]
 
 
+def run_tests(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The tests that are to catch bugs, up to the first failure."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "120", *TESTS]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
 def survives(mutation: Mutation, folder: Path) -> bool:
     """True where no test fails with the bug in place."""
     target = folder / mutation.path
@@ -409,8 +416,7 @@ def survives(mutation: Mutation, folder: Path) -> bool:
         )
     target.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "120", *TESTS]
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        run = run_tests(folder)
     finally:
         target.write_text(text, encoding="utf-8")
     caught = next((line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
@@ -428,6 +434,8 @@ def main() -> int:
         for part in ("pagedllm_core", "tests"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
+        if (run := run_tests(folder)).returncode:
+            raise RuntimeError(f"the tests fail without any bug:\n{run.stdout[-2000:]}")
         survivors = [mutation.name for mutation in chosen if survives(mutation, folder)]
     log.info("%d of %d caught", len(chosen) - len(survivors), len(chosen))
     return 1 if survivors else 0

@@ -5,6 +5,7 @@ python -m training.build            # tokenizer and an untrained model into page
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -113,7 +114,8 @@ def export_tokenizer(tokenizer: Tokenizer, target: Path = BUNDLED) -> None:
 
 
 def main() -> None:
-    """Trains the tokenizer and exports it with an untrained model."""
+    """Trains the tokenizer and exports it with an untrained model, over the bundled one."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
     export_tokenizer(train_tokenizer(corpus()))
     torch.manual_seed(SEED)
     export_weights(LlamaForCausalLM(configuration()))
