@@ -25,11 +25,15 @@ from pagedllm_core.attention.torch_paged import TorchPagedAttention
 from pagedllm_core.kv.storage import KVStorage
 from pagedllm_core.model.hf import PAGED
 from pagedllm_core.model.probe import ProbedLayer, StepFunction, distances_to_own, probe_layers, probe_tokens
+from pagedllm_core.model.support import unsupported
 from pagedllm_core.native.library import DTYPES, DecoderStruct, LayerStruct, PackedLinear, Step
 
 logger = logging.getLogger("pagedllm.model")
 
 _SMALL = {"num_hidden_layers": 2, "vocab_size": 96, "intermediate_size": 80}
+_PER_LAYER = {"layer_idx", "layer_type", "attention_type", "sliding_window", "is_sliding"}
+"""What may differ from layer to layer; windows are read from the model's masks."""
+
 _POSITIONS = 2048  # rows by which the table of rotations grows
 
 
@@ -152,6 +156,9 @@ def fuse(model: nn.Module, hf_config: Any, probed: list[ProbedLayer], library: c
 
     Returns:
         None, and the model as it was, where it does not fit.
+
+    Raises:
+        UnsupportedModelError: It seemed to fit, and with its own weights it did not.
     """
     try:
         parts = _find(model, probed)
@@ -159,7 +166,25 @@ def fuse(model: nn.Module, hf_config: Any, probed: list[ProbedLayer], library: c
     except _DoesNotFit as reason:
         logger.info("%s is not fused: %s", type(model).__name__, reason)
         return None
-    return FusedDecoder(parts, probed, library)
+    made: list[FusedDecoder] = []
+
+    def fused(storage: KVStorage) -> StepFunction:
+        made.append(FusedDecoder(parts, probed, library))
+        made[0].bind(storage)
+        return made[0].logits
+
+    with torch.inference_mode():
+        distances = distances_to_own(model, probed, probe_tokens(hf_config), fused)
+    if distances is None:
+        return FusedDecoder(parts, probed, library)
+    exact = probed[0].geometry.dtype == torch.float32
+    if float(distances.median()) > (0.01 if exact else 0.2):  # the small model was no fair sample of it
+        raise unsupported(
+            hf_config,
+            f"its fused form has other logits than its own (relative difference {float(distances.median()):.2g}); "
+            "PAGEDLLM_NATIVE=none runs it unfused",
+        )
+    return made[0]
 
 
 def _try_small(model: nn.Module, hf_config: Any, library: ctypes.CDLL) -> None:
@@ -207,6 +232,7 @@ def _find(model: Any, probed: list[ProbedLayer]) -> _Parts:
     layers = [_find_layer(model, names[layer.module].rpartition(".")[0], layer) for layer in probed]
     decoder = model.get_submodule(names[probed[0].module].rpartition(".layers.")[0])
     _children(decoder, {"embed_tokens", "layers", "norm", "rotary_emb"})
+    _check_alike([model.get_submodule(names[layer.module].rpartition(".")[0]) for layer in probed])
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if type(head) is not nn.Linear or type(embedding) is not nn.Embedding or embedding.max_norm is not None:
         raise _DoesNotFit("its embedding or its head is of its own kind")
@@ -250,6 +276,24 @@ def _find_layer(model: Any, name: str, probed: ProbedLayer) -> _LayerParts:
         qkv, attention.o_proj, gate_up, mlp.down_proj, layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight, *(None if norm is None else norm.weight for norm in norms),
     )  # fmt: skip
+
+
+def _check_alike(layers: list[nn.Module]) -> None:
+    """Fails where the layers' settings differ, as only the first two are tried."""
+
+    def settings(layer: nn.Module) -> dict[str, Any]:
+        return {
+            f"{path}.{name}": value
+            for path, module in layer.named_modules()
+            for name, value in vars(module).items()
+            if name not in _PER_LAYER and (value is None or isinstance(value, bool | int | float | str))
+        }
+
+    first = settings(layers[0])
+    for layer in layers[1:]:
+        different = sorted(name for name, _ in settings(layer).items() ^ first.items())
+        if different:
+            raise _DoesNotFit(f"its layers differ in {different[0]}")
 
 
 def _children(module: nn.Module, expected: set[str]) -> None:

@@ -102,6 +102,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "stablelm": _config("stablelm"),
     "exaone4": _config("exaone4", head_dim=16, sliding_window=WINDOW, layer_types=_SLIDING),
     "smollm3": _config("smollm3"),
+    "smollm3_without_rope": _config("smollm3", num_hidden_layers=4, no_rope_layer_interval=4),
     "gpt_bigcode": _config("gpt_bigcode", n_embd=64, n_layer=3, n_head=4, n_positions=256, multi_query=True),
     "modernbert_decoder": _config("modernbert-decoder", local_attention=2 * WINDOW, global_attn_every_n_layers=2),
     "dynamic_rope": _config(
