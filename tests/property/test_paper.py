@@ -28,7 +28,7 @@ def block_tables(engine: Engine, work: list[Job], n: int, seed: int) -> list[tup
         for job in arrived:
             generator = random.Random(job.length + seed)
             prompt = [generator.randrange(2, 7) for _ in range(job.prompt)]
-            temperature = 1.0 if n > 1 else 0.0
+            temperature = 2.0 if n > 1 else 0.0  # samples that coincide would share blocks when they are recomputed
             params = SamplingParams(n=n, temperature=temperature, seed=seed, max_tokens=job.output, ignore_eos=True)
             engine.add(prompt, params, stream=False)
         engine.step()
