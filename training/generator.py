@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 
 from .context_tasks import ContextTasks, Dialogue, lookup, recite
@@ -31,10 +32,36 @@ LATE = {
 }
 
 
+SPLICED = 0.4
+"""Share of the dialogues about a text in which some words are no words."""
+
+
 def mixture(progress: float) -> dict[str, float]:
     """The shares of the tasks at a progress between 0 and 1."""
     part = min(1.0, max(0.0, progress - 0.05) / 0.2)
     return {task: EARLY[task] * (1 - part) + LATE[task] * part for task in LATE}
+
+
+def splice_words(dialogue: Dialogue, rng: random.Random) -> Dialogue:
+    """Replace some long words of the answers everywhere by two halves of different words.
+
+    Such a word has to be copied from the text, piece by piece: it cannot be known.
+    """
+    words = sorted({word for _, answer in dialogue.questions for word in re.findall(r"\b[a-z]{5,}\b", answer)})
+    if len(words) < 2:
+        return dialogue
+    chosen = rng.sample(words, rng.randint(1, max(1, len(words) // 3)))
+    spliced = {}
+    for word in chosen:
+        other = rng.choice(words)
+        spliced[word] = word[: rng.randint(2, len(word) - 2)] + other[rng.randint(1, len(other) - 2) :]
+
+    def replace(text: str) -> str:
+        return re.sub(r"\b[a-z]{5,}\b", lambda found: spliced.get(found[0], found[0]), text)
+
+    messages = [{**message, "content": replace(message["content"])} for message in dialogue.messages]
+    questions = [(replace(question), replace(answer)) for question, answer in dialogue.questions]
+    return Dialogue(dialogue.task, messages, dialogue.tools, questions)
 
 
 class Generator:
@@ -57,7 +84,8 @@ class Generator:
                 if progress < 0.6
                 else [0.6, 0.8, 1.0, 1.3, 1.6]
             )
-            return self.context.qa(self.rng, size)
+            dialogue = self.context.qa(self.rng, size)
+            return splice_words(dialogue, self.rng) if self.rng.random() < SPLICED else dialogue
         if task == "tools":
             return self.tools.calls(self.rng)
         simple = {"lookup": lookup, "recite": recite, "memory": memory, "talk": talk, "repeat": repeat}

@@ -128,7 +128,7 @@ def figure_15(report: Report) -> None:
     beams = {2: 37.56, 4: 53.13, 6: 55.16}
     for width, paper in parallel.items():
         simulation = Simulation(params={"n": width, "temperature": 1.0})
-        simulation.run(jobs(ALPACA, report.count(300), 8.0))
+        simulation.run(jobs(ALPACA, report.count(1500), 8.0))
         saved = simulation.sharing.saved
         report.data.setdefault("15", {}).setdefault("parallel sampling", []).append(saved)
         report.add("15", f"parallel sampling, n={width}, Alpaca, %", saved, f"{paper:g}", paper - 1.5, paper + 1.5)
