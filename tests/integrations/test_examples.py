@@ -40,9 +40,6 @@ def test_quickstart_answers_in_one_batch(quickstart: str) -> None:
     assert re.search(r"one shared batch .* times faster", quickstart)
 
 
-@pytest.mark.xfail(
-    reason="the first training run is too short for the bar; the model card says what it reaches", strict=False
-)
 def test_quickstart_is_mostly_right(quickstart: str) -> None:
     assert figure(r"right answers\s+(\d+) of 24", quickstart) >= 0.8 * 24, quickstart
 
