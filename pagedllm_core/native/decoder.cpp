@@ -61,12 +61,17 @@ inline void put(bf16* p, float x) {  // to nearest, ties to even
     *p = x != x ? 0x7fc0 : static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline float sum(vf x) {
-    float parts[W];
-    store(parts, x);
-    for (int width = W / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) parts[i] += parts[i + width];
-    return parts[0];
+inline float sum(vf x) {  // halves on halves
+    typedef float v8 __attribute__((vector_size(32)));
+    typedef float v4 __attribute__((vector_size(16)));
+#ifdef __AVX512F__
+    v8 y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    v8 y = x;
+#endif
+    v4 z = __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
+    return (z[0] + z[2]) + (z[1] + z[3]);
 }
 
 // exp(x) to about 1e-7 of its value; x <= 88. Cephes' reduction and polynomial.
