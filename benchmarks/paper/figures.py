@@ -80,7 +80,7 @@ def figure_2(report: Report) -> None:
 
 def figure_12(report: Report) -> None:
     """Latency against the request rate, and the rate that each system sustains."""
-    rates = [0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5]
+    rates = [0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5]
     sustained = {}
     for name, serve in SYSTEMS.items():
         curve = [serve(jobs(SHAREGPT, report.count(round(600 * rate)), rate)).latency for rate in rates]
