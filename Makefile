@@ -1,4 +1,5 @@
 # `make demo`, `make test` and `make lint` each work alone: they need Python 3.11 or newer, make and pip.
+# `make sanitize` runs the native code under g++'s sanitizers.
 #
 #   PYTHON=...       the interpreter the environment is made with
 #   VENV=...         where the environment lives
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.pagedllm-installed
 PROJECTS := pyproject.toml integrations/langchain/pyproject.toml integrations/llama_index/pyproject.toml
 SOURCES := pagedllm_core integrations/langchain/langchain_pagedllm integrations/llama_index/llama_index
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint format sanitize install clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
@@ -31,6 +32,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+sanitize: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.kernels.sanitize
 
 install: $(STAMP)
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# OpenMP's default is to spin while it waits. As soon as anything else wants a core, a spinning thread takes it from the
-# one it waits for, and a step takes ten times as long. OpenMP reads this when torch is first imported.
+# torch's operations run on OpenMP, whose default is to spin while it waits. As soon as anything else wants a core, a
+# spinning thread takes it from the one it waits for, and a step takes ten times as long. OpenMP reads this when torch
+# is first imported. Our native code has threads of its own (native/team.h).
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 

@@ -1,6 +1,7 @@
 """Compiles the native code, once for each tier of instructions: `python -m pagedllm_core.native.build`.
 
-Wheels and editable installs run this where a C++ compiler is found. Nothing is ever compiled at import.
+Wheels and editable installs run this where a C++ compiler is found (`CXX` names another one, `CXXFLAGS` adds to its
+flags). Nothing is ever compiled at import.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ logger = logging.getLogger("pagedllm.native")
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "decoder.cpp"
 # Division and square roots stay exact, and sums keep their order, so that rows do not depend on each other.
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno"]
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno"]
 TIERS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"]}
 
 
@@ -41,18 +42,14 @@ def build() -> list[Path]:
     for tier, flags in TIERS.items():
         path = library_path(tier)
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-            compiled, linked = Path(folder, "decoder.o"), Path(folder, "decoder.so")
-            # OpenMP is not linked: at run time it is torch's own, so that there is one pool of threads.
-            for command in (
-                [compiler, *FLAGS, *flags, "-c", str(SOURCE), "-o", str(compiled)],
-                [compiler, "-shared", str(compiled), "-o", str(linked)],
-            ):
-                result = subprocess.run(command, capture_output=True, text=True, check=False)
-                if result.returncode:
-                    logger.warning("%s was not compiled: %s", path.name, result.stderr.strip()[-500:])
-                    break
+            compiled = Path(folder, "decoder.so")
+            own = os.environ.get("CXXFLAGS", "").split()
+            command = [compiler, *FLAGS, *flags, *own, "-shared", str(SOURCE), "-o", str(compiled)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                logger.warning("%s was not compiled: %s", path.name, result.stderr.strip()[-500:])
             else:
-                linked.replace(path)
+                compiled.replace(path)
                 built.append(path)
     return built
 

@@ -15,9 +15,12 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <vector>
 
-#include <omp.h>
+#include <immintrin.h>
+
+#include "team.h"
 
 namespace {
 
@@ -27,7 +30,7 @@ constexpr int W = 16, MOST_ROWS = 12;
 constexpr int W = 8, MOST_ROWS = 6;
 #endif
 constexpr int NR = 2 * W;
-constexpr int ROWS_TOGETHER = 8 * MOST_ROWS;  // rows that pass over a weight while it is in the cache
+constexpr int GROUPS_TOGETHER = 8;  // groups of MOST_ROWS rows that pass over a weight while it is in the cache
 constexpr int MOST_QUERIES = 32;              // (row, head) pairs that pass over a block of keys together
 constexpr int MOST_DIM = 256;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
@@ -42,7 +45,11 @@ typedef uint16_t bf16;
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
 inline vf load(const bf16* p) {
+#ifdef __AVX512F__  // gcc 12 takes two halves for what is one instruction
+    return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(*reinterpret_cast<const __m256i_u*>(p)), 16));
+#else
     return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const vh_u*>(p), vu) << 16);
+#endif
 }
 inline void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
 inline vf all(float x) { return x - vf{}; }
@@ -61,17 +68,42 @@ inline void put(bf16* p, float x) {  // to nearest, ties to even
     *p = x != x ? 0x7fc0 : static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline float sum(vf x) {  // halves on halves
+// All lanes in one number, halves on halves.
+template <class Operation>
+inline float fold(vf x, Operation both) {
     typedef float v8 __attribute__((vector_size(32)));
     typedef float v4 __attribute__((vector_size(16)));
 #ifdef __AVX512F__
-    v8 y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-           __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    v8 y = both(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+                __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
 #else
     v8 y = x;
 #endif
-    v4 z = __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
-    return (z[0] + z[2]) + (z[1] + z[3]);
+    v4 z = both(__builtin_shufflevector(y, y, 0, 1, 2, 3), __builtin_shufflevector(y, y, 4, 5, 6, 7));
+    return both(both(z[0], z[2]), both(z[1], z[3]));
+}
+inline float sum(vf x) {
+    return fold(x, [](auto a, auto b) { return a + b; });
+}
+inline float largest(vf x) {
+    return fold(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// Lane i is the sum of x[i]'s lanes: neighbours are added until one vector is left.
+template <int N = W>
+inline vf sums(vf* x) {
+    for (int i = 0; i < N / 2; i++) {
+        vf a = x[2 * i], b = x[2 * i + 1];
+#ifdef __AVX512F__
+        x[i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+               __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+        x[i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+               __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+    }
+    if constexpr (N > 2) return sums<N / 2>(x);
+    return x[0];
 }
 
 // exp(x) to about 1e-7 of its value; x <= 88. Cephes' reduction and polynomial.
@@ -210,42 +242,51 @@ void tiles(int rows, const Matrix& m, int64_t panel, int64_t end, int64_t inputs
     }
 }
 
-// This thread's part of a linear layer; `scratch` holds ROWS_TOGETHER rows. Rows are interleaved there, a group's first
-// inputs side by side, so that a tile reads them in order.
-template <class T>
-void linear_part(const Matrix& m, const float* x, int64_t stride, int64_t rows, const Output& out, float* scratch) {
-    const int64_t inputs = sizeof(T) == 2 ? (m.inputs + 1) / 2 * 2 : m.inputs;
-    const int64_t panels = (m.outputs + NR - 1) / NR, threads = omp_get_num_threads(), me = omp_get_thread_num();
-    const int64_t first = panels * me / threads, last = panels * (me + 1) / threads;
-    if (first == last) return;
-    for (int64_t start = 0; start < rows; start += ROWS_TOGETHER) {
-        const int64_t end = std::min<int64_t>(rows, start + ROWS_TOGETHER), count = end - start;
-        const int64_t groups = (count + MOST_ROWS - 1) / MOST_ROWS;
-        for (int64_t g = 0; g < groups; g++) {
-            const int64_t from = start + count * g / groups, size = start + count * (g + 1) / groups - from;
-            float* packed = scratch + (from - start) * inputs;
-            for (int64_t r = 0; r < size; r++) {
-                const float* row = x + (from + r) * stride;
-                for (int64_t k = 0; k < m.inputs; k++) packed[k * size + r] = row[k];
-                for (int64_t k = m.inputs; k < inputs; k++) packed[k * size + r] = 0;
-            }
-        }
-        constexpr int64_t STRIP = 4;  // panels that stay in the cache while all groups pass
-        for (int64_t panel = first; panel < last; panel += STRIP)
-            for (int64_t g = 0; g < groups; g++) {
-                const int64_t from = start + count * g / groups, size = start + count * (g + 1) / groups - from;
-                tiles<MOST_ROWS, T>(size, m, panel, std::min(last, panel + STRIP), inputs,
-                                    scratch + (from - start) * inputs, from, out);
-            }
+// Rows go through the linear layers in groups of about MOST_ROWS.
+struct Group {
+    int64_t first, size;
+};
+inline int64_t groups_of(int64_t rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
+inline Group group_of(int64_t rows, int64_t g) {
+    const int64_t groups = groups_of(rows), first = rows * g / groups;
+    return {first, rows * (g + 1) / groups - first};
+}
+inline int64_t padded_inputs(const Matrix& m) { return m.is_bf16 ? (m.inputs + 1) / 2 * 2 : m.inputs; }
+
+// A group's rows interleaved, their first inputs side by side, so that a tile reads them in order. row(r) points to one.
+template <class Row>
+void interleave(const Matrix& m, const Group& group, Row row, float* packed) {
+    const int64_t inputs = padded_inputs(m);
+    packed += group.first * inputs;
+    for (int64_t r = 0; r < group.size; r++) {
+        const float* x = row(group.first + r);
+        for (int64_t k = 0; k < m.inputs; k++) packed[k * group.size + r] = x[k];
+        for (int64_t k = m.inputs; k < inputs; k++) packed[k * group.size + r] = 0;
     }
 }
 
-void linear(const Matrix& m, const float* x, int64_t stride, int64_t rows, const Output& out, float* scratch) {
+// A linear layer over interleaved rows.
+template <class T>
+void linear(Team::Turn& turn, const Matrix& m, const float* packed, int64_t rows, const Output& out) {
+    const int64_t inputs = padded_inputs(m), panels = (m.outputs + NR - 1) / NR, groups = groups_of(rows);
+    const int64_t blocks = (groups + GROUPS_TOGETHER - 1) / GROUPS_TOGETHER;
+    // A strip of panels stays in the cache while a block of groups passes; there are some strips for each thread.
+    const int64_t strip = std::clamp<int64_t>(panels * blocks / (4 * turn.threads()), 1, 4);
+    turn.each((panels + strip - 1) / strip * blocks, [&](int64_t i) {
+        const int64_t panel = i / blocks * strip, block = i % blocks;
+        for (int64_t g = groups * block / blocks; g < groups * (block + 1) / blocks; g++) {
+            const Group group = group_of(rows, g);
+            tiles<MOST_ROWS, T>(group.size, m, panel, std::min(panels, panel + strip), inputs,
+                                packed + group.first * inputs, group.first, out);
+        }
+    });
+}
+
+void linear(Team::Turn& turn, const Matrix& m, const float* packed, int64_t rows, const Output& out) {
     if (m.is_bf16)
-        linear_part<bf16>(m, x, stride, rows, out, scratch);
+        linear<bf16>(turn, m, packed, rows, out);
     else
-        linear_part<float>(m, x, stride, rows, out, scratch);
-#pragma omp barrier
+        linear<float>(turn, m, packed, rows, out);
 }
 
 // Paged attention.
@@ -263,87 +304,121 @@ std::vector<Task> tasks_of(const Step& step, int64_t group) {
     return tasks;
 }
 
-// One key head's queries of one task. Softmax is computed online, block by block from the sequence's first block, so
-// that the order of every sum depends on positions only.
+// The rows of a [rows][dim] array as float32, `stride` apart.
+template <class T>
+void widen(const T* from, int64_t rows, int64_t dim, int64_t stride, float* to) {
+    for (int64_t j = 0; j < rows; j++, from += dim, to += stride) {
+        int64_t d = 0;
+        for (; d + W <= dim; d += W) store(to + d, load(from + d));
+        for (; d < dim; d++) to[d] = to_float(from[d]);
+    }
+}
+
+// acc = acc * keep + weights * values, for HEADS heads that see the values of the same slots.
+template <int HEADS>
+void add_values(const float* weights, const float* keep, const float* values, int64_t low, int64_t high, int64_t stride,
+                float* acc) {
+    int64_t d = 0;
+    auto columns = [&](auto vectors) {
+        constexpr int N = decltype(vectors)::value;
+        for (; d + N * W <= stride; d += N * W) {
+            vf y[HEADS][N];
+            for (int h = 0; h < HEADS; h++)
+                for (int i = 0; i < N; i++) y[h][i] = load(acc + h * stride + d + i * W) * keep[h];
+            for (int64_t j = low; j < high; j++)
+                for (int i = 0; i < N; i++) {
+                    const vf value = load(values + j * stride + d + i * W);
+                    for (int h = 0; h < HEADS; h++) y[h][i] += weights[h * W + j] * value;
+                }
+            for (int h = 0; h < HEADS; h++)
+                for (int i = 0; i < N; i++) store(acc + h * stride + d + i * W, y[h][i]);
+        }
+    };
+    columns(std::integral_constant<int, 4>{});
+    columns(std::integral_constant<int, 1>{});
+}
+
+// One key head's queries of one task. Keys and values pass in slices of at most W slots of a block, and softmax is
+// computed online, slice by slice from the sequence's first, so that the order of every sum depends on positions only.
 template <class T>
 void attend(const Attention& at, const Step& step, const Task& task, int64_t kv_head, int64_t head, int64_t heads,
             const float* q, int64_t q_row, int64_t q_head, float* out) {
     const int64_t dim = at.dim, size = at.block_size, rows = task.end - task.first, pairs = rows * heads;
+    const int64_t stride = (dim + W - 1) / W * W;
     const int64_t position = step.context_lens[task.sequence] - (step.query_starts[task.sequence + 1] - task.first);
-    const int64_t lowest = at.window ? std::max<int64_t>(0, position - at.window + 1) : 0;
+    const int64_t lowest = at.window ? std::max<int64_t>(0, position - at.window + 1) : 0, end = position + rows;
     const int32_t* table = step.block_tables + task.sequence * step.table_width;
-    alignas(64) float acc[MOST_QUERIES][MOST_DIM];
-    alignas(64) float scores[256 + W];
+    alignas(64) float queries[MOST_QUERIES * MOST_DIM], acc[MOST_QUERIES * MOST_DIM];
+    alignas(64) float keys[W * MOST_DIM], values[W * MOST_DIM], weights[2 * W];
     float highest[MOST_QUERIES], total[MOST_QUERIES];
+    vi lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+    std::memset(queries, 0, pairs * stride * sizeof(float));
+    std::memset(acc, 0, pairs * stride * sizeof(float));
+    std::memset(keys, 0, W * stride * sizeof(float));
+    std::memset(values, 0, W * stride * sizeof(float));
     for (int64_t p = 0; p < pairs; p++) {
+        const float* query = q + (task.first + p / heads) * q_row + (head + p % heads) * q_head;
+        for (int64_t d = 0; d < dim; d++) queries[p * stride + d] = query[d] * at.scale;
         highest[p] = -INFINITE, total[p] = 0;
-        std::memset(acc[p], 0, dim * sizeof(float));
     }
-    for (int64_t block = lowest / size; block * size <= position + rows - 1; block++) {
-        const int64_t place = ((kv_head * at.blocks) + table[block]) * size * dim;
-        const T* keys = static_cast<const T*>(at.keys) + place;
-        const T* values = static_cast<const T*>(at.values) + place;
-        for (int64_t p = 0; p < pairs; p++) {
-            const int64_t here = position + p / heads;
-            const int64_t low = at.window ? std::max<int64_t>(0, here - at.window + 1 - block * size) : 0;
-            const int64_t high = std::min<int64_t>(size, here + 1 - block * size);
-            if (low >= high) continue;
-            const float* query = q + (task.first + p / heads) * q_row + (head + p % heads) * q_head;
-            float most = highest[p];
-            for (int64_t j = low; j < high; j++) {
-                vf dot = {};
-                int64_t d = 0;
-                for (; d + W <= dim; d += W) dot += load(query + d) * load(keys + j * dim + d);
-                float score = sum(dot);
-                for (; d < dim; d++) score += query[d] * to_float(keys[j * dim + d]);
-                score *= at.scale;
-                if (at.softcap != 0) score = at.softcap * std::tanh(score / at.softcap);
-                scores[j - low] = score;
-                most = std::max(most, score);
+    auto place = [&](const void* from, int64_t at_position) {
+        return static_cast<const T*>(from) + ((kv_head * at.blocks + table[at_position / size]) * size + at_position % size) * dim;
+    };
+    for (int64_t first = lowest / size * size; first < end;) {  // the slice's slots hold positions first .. last - 1
+        const int64_t last = std::min({first + W, (first / size + 1) * size, end});
+        widen(place(at.keys, first), last - first, dim, stride, keys);
+        widen(place(at.values, first), last - first, dim, stride, values);
+        for (int64_t p = 0; p < pairs;) {
+            const int64_t here = position + p / heads;  // sees this position and `window` - 1 before it
+            const int low = at.window ? std::max<int64_t>(0, here - at.window + 1 - first) : 0;
+            const int high = std::min(last, here + 1) - first;
+            const int together = p % heads + 1 < heads ? 2 : 1;
+            if (low >= high) {
+                p += together;
+                continue;
             }
-            const int64_t count = high - low;
-            for (int64_t j = count; j % W; j++) scores[j] = -INFINITE;
-            for (int64_t j = 0; j < count; j += W) store(scores + j, exponential(load(scores + j) - most));
-            const float keep = highest[p] == -INFINITE ? 0 : exponential(all(highest[p] - most))[0];
-            highest[p] = most;
-            total[p] *= keep;
-            for (int64_t j = 0; j < count; j++) total[p] += scores[j];
-            int64_t d = 0;
-            for (; d + 4 * W <= dim; d += 4 * W) {
-                vf y[4];
-                for (int i = 0; i < 4; i++) y[i] = load(acc[p] + d + i * W) * keep;
-                for (int64_t j = 0; j < count; j++)
-                    for (int i = 0; i < 4; i++) y[i] += scores[j] * load(values + (low + j) * dim + d + i * W);
-                for (int i = 0; i < 4; i++) store(acc[p] + d + i * W, y[i]);
+            const vi outside = (lane < low) | (lane >= high);
+            float keep[2];
+            for (int h = 0; h < together; h++) {
+                vf dots[W] = {};
+                for (int64_t d = 0; d < stride; d += W) {
+                    const vf query = load(queries + (p + h) * stride + d);
+                    for (int j = 0; j < W; j++) dots[j] += query * load(keys + j * stride + d);
+                }
+                vf scores = sums(dots);
+                if (at.softcap != 0)
+                    for (int j = 0; j < W; j++) scores[j] = at.softcap * std::tanh(scores[j] / at.softcap);
+                scores = outside ? all(-INFINITE) : scores;
+                const float before = highest[p + h], most = std::max(before, largest(scores));
+                const vf weight = outside ? all(0.0f) : exponential(scores - most);
+                keep[h] = before == -INFINITE ? 0 : exponential(all(before - most))[0];
+                highest[p + h] = most;
+                total[p + h] = total[p + h] * keep[h] + sum(weight);
+                store(weights + h * W, weight);
             }
-            for (; d + W <= dim; d += W) {
-                vf y = load(acc[p] + d) * keep;
-                for (int64_t j = 0; j < count; j++) y += scores[j] * load(values + (low + j) * dim + d);
-                store(acc[p] + d, y);
-            }
-            for (; d < dim; d++) {
-                float y = acc[p][d] * keep;
-                for (int64_t j = 0; j < count; j++) y += scores[j] * to_float(values[(low + j) * dim + d]);
-                acc[p][d] = y;
-            }
+            if (together == 2)
+                add_values<2>(weights, keep, values, low, high, stride, acc + p * stride);
+            else
+                add_values<1>(weights, keep, values, low, high, stride, acc + p * stride);
+            p += together;
         }
+        first = last;
     }
     for (int64_t p = 0; p < pairs; p++) {
         float sinks = at.sinks ? at.sinks[head + p % heads] : -INFINITE;
         float most = std::max(highest[p], sinks), keep = std::exp(highest[p] - most);
         float factor = keep / (total[p] * keep + std::exp(sinks - most));
         float* to = out + ((task.first + p / heads) * at.heads + head + p % heads) * dim;
-        for (int64_t d = 0; d < dim; d++) to[d] = acc[p][d] * factor;
+        for (int64_t d = 0; d < dim; d++) to[d] = acc[p * stride + d] * factor;
     }
 }
 
 // All attention of one layer: out is [tokens][heads][dim].
-void attention_part(const Attention& at, const Step& step, const std::vector<Task>& tasks, const float* q,
-                    int64_t q_row, int64_t q_head, float* out) {
+void attend_all(Team::Turn& turn, const Attention& at, const Step& step, const std::vector<Task>& tasks, const float* q,
+                int64_t q_row, int64_t q_head, float* out) {
     const int64_t group = at.heads / at.kv_heads, together = std::min<int64_t>(group, MOST_QUERIES);
-    const int64_t count = tasks.size() * at.kv_heads;
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count; i++) {
+    turn.each(tasks.size() * at.kv_heads, [&](int64_t i) {
         const int64_t kv_head = i % at.kv_heads;
         for (int64_t h = 0; h < group; h += together) {
             const int64_t heads = std::min(together, group - h);
@@ -352,7 +427,7 @@ void attention_part(const Attention& at, const Step& step, const std::vector<Tas
             else
                 attend<float>(at, step, tasks[i / at.kv_heads], kv_head, kv_head * group + h, heads, q, q_row, q_head, out);
         }
-    }
+    });
 }
 
 template <class T>
@@ -389,47 +464,32 @@ void rotate(float* x, const float* cosines, const float* sines, int64_t dim) {
     }
 }
 
-void rotate_and_write(const Decoder& d, const Layer& layer, const Step& step, float* qkv) {
+void rotate_and_write(const Decoder& d, const Layer& layer, const Step& step, int64_t t, float* row) {
     const Attention& at = layer.attention;
-    const int64_t heads = at.heads + 2 * at.kv_heads;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < step.tokens; t++) {
-        float* row = qkv + t * heads * at.dim;
-        const int64_t table = step.positions[t] * d.rotary_dim;
-        for (int64_t h = 0; h < at.heads + at.kv_heads; h++) {
-            float* x = row + h * at.dim;
-            const float* norm = h < at.heads ? layer.q_norm : layer.k_norm;
-            if (norm) rms_norm(x, norm, at.dim, d.epsilon, x);
-            rotate(x, d.cosines + table, d.sines + table, d.rotary_dim);
-        }
-        for (int64_t h = 0; h < at.kv_heads; h++) {
-            const float *k = row + (at.heads + h) * at.dim, *v = k + at.kv_heads * at.dim;
-            if (at.is_bf16)
-                write_slot<bf16>(at, step.slots[t], h, k, v);
-            else
-                write_slot<float>(at, step.slots[t], h, k, v);
-        }
+    const int64_t table = step.positions[t] * d.rotary_dim;
+    for (int64_t h = 0; h < at.heads + at.kv_heads; h++) {
+        float* x = row + h * at.dim;
+        const float* norm = h < at.heads ? layer.q_norm : layer.k_norm;
+        if (norm) rms_norm(x, norm, at.dim, d.epsilon, x);
+        rotate(x, d.cosines + table, d.sines + table, d.rotary_dim);
+    }
+    for (int64_t h = 0; h < at.kv_heads; h++) {
+        const float *k = row + (at.heads + h) * at.dim, *v = k + at.kv_heads * at.dim;
+        if (at.is_bf16)
+            write_slot<bf16>(at, step.slots[t], h, k, v);
+        else
+            write_slot<float>(at, step.slots[t], h, k, v);
     }
 }
 
-void silu_mul(float* gate_up, int64_t rows, int64_t count) {  // the product takes the gate's place
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        float *gate = gate_up + r * 2 * count, *up = gate + count;
-        int64_t i = 0;
-        for (; i + W <= count; i += W) {
-            vf g = load(gate + i);
-            vf e = exponential(-(g < -87.0f ? all(-87.0f) : g));
-            store(gate + i, g / (1.0f + e) * load(up + i));
-        }
-        for (; i < count; i++) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+void silu_mul(float* gate, const float* up, int64_t count) {  // the product takes the gate's place
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+        vf g = load(gate + i);
+        vf e = exponential(-(g < -87.0f ? all(-87.0f) : g));
+        store(gate + i, g / (1.0f + e) * load(up + i));
     }
-}
-
-void normed(const Decoder& d, const float* x, const float* weight, int64_t rows, float* y) {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < rows; t++)
-        rms_norm(x + t * d.hidden, weight, d.hidden, d.epsilon, y + t * d.hidden);
+    for (; i < count; i++) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
 
 struct Buffer {  // aligned, not initialised
@@ -439,28 +499,28 @@ struct Buffer {  // aligned, not initialised
     float* data;
 };
 
-template <class T>
-void embed(const Decoder& d, const Step& step, float* x) {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < step.tokens; t++) {
-        const T* row = static_cast<const T*>(d.embedding) + step.token_ids[t] * d.hidden;
-        for (int64_t i = 0; i < d.hidden; i++) x[t * d.hidden + i] = to_float(row[i]);
-    }
+void embed(const Decoder& d, int64_t token, float* x) {
+    if (d.embedding_is_bf16)
+        widen(static_cast<const bf16*>(d.embedding) + token * d.hidden, 1, d.hidden, d.hidden, x);
+    else
+        widen(static_cast<const float*>(d.embedding) + token * d.hidden, 1, d.hidden, d.hidden, x);
 }
 
 template <class T>
-void pack(const T* weight, int64_t outputs, int64_t inputs, T* packed) {
+void pack(const T* weight, int64_t outputs, int64_t inputs, int64_t panel, T* packed) {
     const int64_t padded = sizeof(T) == 2 ? (inputs + 1) / 2 * 2 : inputs, pair = sizeof(T) == 2 ? 2 : 1;
-    const int64_t panels = (outputs + NR - 1) / NR;
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++)
-        for (int64_t k = 0; k < padded; k++)
-            for (int64_t n = 0; n < NR; n++) {
-                const int64_t output = panel * NR + n;
-                const bool inside = output < outputs && k < inputs;
-                packed[panel * padded * NR + k / pair * pair * NR + n * pair + k % pair] =
-                    inside ? weight[output * inputs + k] : T(0);
-            }
+    for (int64_t k = 0; k < padded; k++)
+        for (int64_t n = 0; n < NR; n++) {
+            const int64_t output = panel * NR + n;
+            const bool inside = output < outputs && k < inputs;
+            packed[panel * padded * NR + k / pair * pair * NR + n * pair + k % pair] =
+                inside ? weight[output * inputs + k] : T(0);
+        }
+}
+
+Team& team() {
+    static Team* made = new Team;  // its threads outlive everything
+    return *made;
 }
 
 }  // namespace
@@ -471,29 +531,32 @@ int64_t packed_size(int64_t outputs, int64_t inputs, int64_t is_bf16) {  // numb
     return (outputs + NR - 1) / NR * NR * (is_bf16 ? (inputs + 1) / 2 * 2 : inputs);
 }
 
-void pack_weight(const void* weight, int64_t outputs, int64_t inputs, int64_t is_bf16, void* packed) {
-    if (is_bf16)
-        pack(static_cast<const bf16*>(weight), outputs, inputs, static_cast<bf16*>(packed));
-    else
-        pack(static_cast<const float*>(weight), outputs, inputs, static_cast<float*>(packed));
+void pack_weight(const void* weight, int64_t outputs, int64_t inputs, int64_t is_bf16, void* packed, int64_t threads) {
+    Team::Turn turn(team(), threads);
+    turn.each((outputs + NR - 1) / NR, [&](int64_t panel) {
+        if (is_bf16)
+            pack(static_cast<const bf16*>(weight), outputs, inputs, panel, static_cast<bf16*>(packed));
+        else
+            pack(static_cast<const float*>(weight), outputs, inputs, panel, static_cast<float*>(packed));
+    });
 }
 
 void matmul(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        Buffer scratch(ROWS_TOGETHER * (m->inputs + 2));
-        linear(*m, x, m->inputs, rows, {y, m->outputs, false}, scratch.data);
-    }
+    Team::Turn turn(team(), threads);
+    Buffer packed(rows * padded_inputs(*m));
+    turn.each(groups_of(rows), [&](int64_t g) {
+        interleave(*m, group_of(rows, g), [&](int64_t row) { return x + row * m->inputs; }, packed.data);
+    });
+    linear(turn, *m, packed.data, rows, {y, m->outputs, false});
 }
 
 // q [heads][tokens][dim], k and v [kv_heads][tokens][dim], with the strides (head, row) given in numbers.
 void attention(const Attention* at, const Step* step, const float* q, const float* k, const float* v,
                const int64_t* strides, float* out, int64_t threads) {
-    const std::vector<Task> tasks = tasks_of(*step, at->heads / at->kv_heads);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < step->tokens; t++)
+    Team::Turn turn(team(), threads);
+    turn.each(groups_of(step->tokens), [&](int64_t g) {
+        const Group group = group_of(step->tokens, g);
+        for (int64_t t = group.first; t < group.first + group.size; t++)
             for (int64_t h = 0; h < at->kv_heads; h++) {
                 const float *key = k + h * strides[2] + t * strides[3], *value = v + h * strides[4] + t * strides[5];
                 if (at->is_bf16)
@@ -501,8 +564,8 @@ void attention(const Attention* at, const Step* step, const float* q, const floa
                 else
                     write_slot<float>(*at, step->slots[t], h, key, value);
             }
-        attention_part(*at, *step, tasks, q, strides[1], strides[0], out);
-    }
+    });
+    attend_all(turn, *at, *step, tasks_of(*step, at->heads / at->kv_heads), q, strides[1], strides[0], out);
 }
 
 // One step of the whole model; logits is [step.logits][head.outputs].
@@ -510,33 +573,60 @@ void decode(const Decoder* decoder, const Step* step, float* logits, int64_t thr
     const Decoder& d = *decoder;
     const Attention& at = d.layers[0].attention;
     const int64_t tokens = step->tokens, attended = at.heads * at.dim, qkv_width = (at.heads + 2 * at.kv_heads) * at.dim;
-    const int64_t widest = std::max({d.hidden, d.intermediate, attended}) + 2;
-    Buffer x(tokens * d.hidden), y(tokens * d.hidden), out(tokens * attended);
-    Buffer wide(tokens * std::max(2 * d.intermediate, qkv_width));
+    const int64_t widest = std::max({d.hidden, d.intermediate, attended}) + 1;  // an odd number is padded
+    const int64_t wide_width = std::max(2 * d.intermediate, qkv_width);
+    Buffer x(tokens * d.hidden), out(tokens * attended), wide(tokens * wide_width);
+    Buffer packed(std::max(tokens, step->logits) * widest);
     const std::vector<Task> tasks = tasks_of(*step, at.heads / at.kv_heads);
-#pragma omp parallel num_threads(threads)
-    {
-        Buffer scratch(std::min<int64_t>(ROWS_TOGETHER, std::max(tokens, step->logits)) * widest);
-        if (d.embedding_is_bf16)
-            embed<bf16>(d, *step, x.data);
-        else
-            embed<float>(d, *step, x.data);
-        for (const Layer* layer = d.layers; layer != d.layers + d.num_layers; layer++) {
-            normed(d, x.data, layer->input_norm, tokens, y.data);
-            linear(layer->qkv, y.data, d.hidden, tokens, {wide.data, qkv_width, false}, scratch.data);
-            rotate_and_write(d, *layer, *step, wide.data);
-            attention_part(layer->attention, *step, tasks, wide.data, qkv_width, at.dim, out.data);
-            linear(layer->o, out.data, attended, tokens, {x.data, d.hidden, true}, scratch.data);
-            normed(d, x.data, layer->post_norm, tokens, y.data);
-            linear(layer->gate_up, y.data, d.hidden, tokens, {wide.data, 2 * d.intermediate, false}, scratch.data);
-            silu_mul(wide.data, tokens, d.intermediate);
-            linear(layer->down, wide.data, 2 * d.intermediate, tokens, {x.data, d.hidden, true}, scratch.data);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < step->logits; i++)
-            rms_norm(x.data + step->logits_rows[i] * d.hidden, d.norm, d.hidden, d.epsilon,
-                     y.data + i * d.hidden);
-        linear(d.head, y.data, d.hidden, step->logits, {logits, d.head.outputs, false}, scratch.data);
+    Team::Turn turn(team(), threads);
+    // What lies between two linear layers is done for a group of rows, and leaves them interleaved for the next one.
+    auto each_group = [&](int64_t rows, auto body) {
+        turn.each(groups_of(rows), [&](int64_t g) { body(group_of(rows, g)); });
+    };
+    auto normed = [&](const Matrix& next, const float* weight, const Group& group, auto row) {
+        thread_local std::vector<float> y;
+        y.resize(d.hidden);
+        auto norm = [&](int64_t t) {
+            rms_norm(x.data + row(t) * d.hidden, weight, d.hidden, d.epsilon, y.data());
+            return y.data();
+        };
+        interleave(next, group, norm, packed.data);
+    };
+    auto same = [](int64_t t) { return t; };
+
+    each_group(tokens, [&](const Group& group) {
+        for (int64_t t = group.first; t < group.first + group.size; t++)
+            embed(d, step->token_ids[t], x.data + t * d.hidden);
+        normed(d.layers->qkv, d.layers->input_norm, group, same);
+    });
+    for (const Layer* layer = d.layers; layer != d.layers + d.num_layers; layer++) {
+        linear(turn, layer->qkv, packed.data, tokens, {wide.data, qkv_width, false});
+        each_group(tokens, [&](const Group& group) {
+            for (int64_t t = group.first; t < group.first + group.size; t++)
+                rotate_and_write(d, *layer, *step, t, wide.data + t * qkv_width);
+        });
+        attend_all(turn, layer->attention, *step, tasks, wide.data, qkv_width, at.dim, out.data);
+        each_group(tokens, [&](const Group& group) {
+            interleave(layer->o, group, [&](int64_t t) { return out.data + t * attended; }, packed.data);
+        });
+        linear(turn, layer->o, packed.data, tokens, {x.data, d.hidden, true});
+        each_group(tokens, [&](const Group& group) { normed(layer->gate_up, layer->post_norm, group, same); });
+        linear(turn, layer->gate_up, packed.data, tokens, {wide.data, 2 * d.intermediate, false});
+        each_group(tokens, [&](const Group& group) {
+            auto product = [&](int64_t t) {
+                float* gate = wide.data + t * 2 * d.intermediate;
+                silu_mul(gate, gate + d.intermediate, d.intermediate);
+                return gate;
+            };
+            interleave(layer->down, group, product, packed.data);
+        });
+        linear(turn, layer->down, packed.data, tokens, {x.data, d.hidden, true});
+        if (layer + 1 != d.layers + d.num_layers)
+            each_group(tokens, [&](const Group& group) { normed(layer[1].qkv, layer[1].input_norm, group, same); });
     }
+    each_group(step->logits, [&](const Group& group) {
+        normed(d.head, d.norm, group, [&](int64_t i) { return step->logits_rows[i]; });
+    });
+    linear(turn, d.head, packed.data, step->logits, {logits, d.head.outputs, false});
 }
 }

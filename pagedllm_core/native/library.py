@@ -107,7 +107,7 @@ def load(name: str | None) -> ctypes.CDLL | None:
         return None
     library.packed_size.argtypes = [c_int64, c_int64, c_int64]
     library.packed_size.restype = c_int64
-    library.pack_weight.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p]
+    library.pack_weight.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64]
     library.matmul.argtypes = [POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int64]
     library.attention.argtypes = [
         POINTER(Attention), POINTER(Step), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64,
@@ -134,7 +134,7 @@ class PackedLinear:
         self._data = aligned(size, weight.dtype)
         self._bias = None if bias is None else bias.detach().float().contiguous()
         weight = weight.detach().contiguous()
-        library.pack_weight(weight.data_ptr(), outputs, inputs, is_bf16, self._data.data_ptr())
+        library.pack_weight(weight.data_ptr(), outputs, inputs, is_bf16, self._data.data_ptr(), torch.get_num_threads())
         self._library = library
         bias_pointer = None if self._bias is None else self._bias.data_ptr()
         self.matrix = Matrix(self._data.data_ptr(), bias_pointer, outputs, inputs, is_bf16)

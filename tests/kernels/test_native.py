@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -50,6 +52,32 @@ def test_a_row_is_bit_equal_alone_and_in_company(tier: str, dtype: torch.dtype) 
     together = packed(x, threads=2)
     for rows in (1, 2, 5, 12, 13, 100):
         assert torch.equal(packed(x[:rows].contiguous(), threads=1), together[:rows])
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+def test_any_number_of_threads_gives_the_same_bits(callers: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = PackedLinear(next(iter(LIBRARIES.values())), torch.randn(300, 64, generator=generator))
+    x = torch.randn(120, 64, generator=generator)
+    wanted = packed(x, threads=1)
+
+    def call(number: int) -> bool:
+        return all(torch.equal(packed(x, threads=1 + (number + turn) % 9), wanted) for turn in range(100))
+
+    with ThreadPoolExecutor(callers) as pool:
+        assert all(pool.map(call, range(callers)))
+
+
+def test_a_forked_process_has_no_helpers_and_needs_none() -> None:
+    packed = PackedLinear(next(iter(LIBRARIES.values())), torch.eye(200))
+    x = torch.randn(120, 200)
+    assert torch.equal(packed(x, threads=4), x)  # from here on there are helpers
+    child = os.fork()
+    if not child:
+        out = torch.empty(120, 200)
+        packed._library.matmul(packed.matrix, x.data_ptr(), 120, out.data_ptr(), 4)
+        os._exit(not torch.equal(out, x))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def answers(together: bool, again: bool = False, **fields: Any) -> list[Any]:

@@ -85,7 +85,7 @@ def test_buddies_never_overlap_and_come_together_again() -> None:
 
 
 def test_lengths_have_the_published_means() -> None:
-    found = lengths(338.0, 2000, random.Random(0))
+    found = lengths(338.0, 0.7, 2000, random.Random(0))
     assert sum(found) / len(found) == pytest.approx(338, rel=0.02)
 
 
