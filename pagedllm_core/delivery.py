@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pagedllm_core.outputs import CompletionOutput, RequestOutput
 from pagedllm_core.request import Request, Sequence
 
@@ -25,7 +23,7 @@ def build_output(request: Request) -> RequestOutput:
         prompt_logprobs=prompt_logprobs,
         outputs=[output for output in outputs if output is not None],
         finished=finished,
-        metrics=dataclasses.replace(request.metrics),
+        metrics=request.metrics.copy(),
     )
 
 

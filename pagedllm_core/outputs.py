@@ -73,6 +73,13 @@ class RequestMetrics:
     output_tokens: int = 0
     preemptions: int = 0
 
+    def copy(self) -> RequestMetrics:
+        """The same numbers, to be kept. Many times faster than `dataclasses.replace`, and done for every token."""
+        return RequestMetrics(
+            self.queued_s, self.time_to_first_token_s, self.total_s, self.prompt_tokens, self.cached_tokens,
+            self.output_tokens, self.preemptions,
+        )  # fmt: skip
+
 
 @dataclass(slots=True)
 class RequestOutput:

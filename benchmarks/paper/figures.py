@@ -134,7 +134,7 @@ def figure_15(report: Report) -> None:
         report.add("15", f"parallel sampling, n={width}, Alpaca, %", saved, f"{paper:g}", paper - 1.5, paper + 1.5)
     for dataset, low, high in ((ALPACA, 37.56, 55.16), (SHAREGPT, 44.3, 66.3)):
         for width, paper in beams.items():
-            count = max(4, round((24 if dataset is ALPACA else 8) * report.scale))
+            count = max(4, round((240 if dataset is ALPACA else 24) * report.scale))
             saved = beam_sharing(width, dataset, count).saved
             if dataset is ALPACA:
                 report.data["15"].setdefault("beam search", []).append(saved)
