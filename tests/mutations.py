@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-UNIT = ("engine", "swapping", "swapping_faults", "prefix_cache", "sampling", "detokenize")
+UNIT = ("engine", "policies", "swapping", "swapping_faults", "prefix_cache", "sampling", "detokenize")
 PROPERTY = ("pool", "simulator", "state_machines")
 TESTS = [*(f"tests/unit/test_{name}.py" for name in UNIT), *(f"tests/property/test_{name}.py" for name in PROPERTY)]
 log = logging.getLogger("mutations")
@@ -182,24 +182,12 @@ MUTATIONS = [
         "            self._pool.release(block)\n",
         "            pass\n",
     ),
-    Mutation(
-        "a sealed block is overwritten",
-        TABLE,
-        "if index >= self._length or self._pool.writable(int(self._ids[index])):",
-        "if index >= self._length or self._pool.ref(int(self._ids[index])) == 1:",
-    ),
     Mutation("a block's address forgets what came before", HASHING, "hashlib.sha256(parent + np", "hashlib.sha256(np"),
     Mutation(
         "parts of the root run together",
         HASHING,
         'digest.update(len(data).to_bytes(8, "little") + data)',
         "digest.update(data)",
-    ),
-    Mutation(
-        "a hit in the middle of a block",
-        SCHEDULER,
-        "while sequence.num_computed % size == 0 and sequence.num_computed // size < last:",
-        "while sequence.num_computed // size < last:",
     ),
     Mutation(
         "nothing is reused",
@@ -231,7 +219,6 @@ MUTATIONS = [
         "        for request in running:\n            self.scheduler.preempt(request)\n",
         "",
     ),
-    Mutation("a failed step's blocks can still be found", SCHEDULER, "        self.pool.withdraw()\n", ""),
     Mutation(
         "copy on write before swapping out",
         ENGINE,

@@ -9,6 +9,7 @@ import pytest
 from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.engine import Engine
 from pagedllm_core.errors import RequestFailedError
+from pagedllm_core.kv.hashing import root_hash
 from pagedllm_core.outputs import RequestOutput
 from pagedllm_core.params import SamplingParams
 from tests.fakes import FakeRunner, expected_greedy, fake_engine, run_all
@@ -131,6 +132,27 @@ def test_a_salt_separates() -> None:
         assert ask(engine, prompt, greedy(salt=salt)).metrics.cached_tokens == 0
     for salt in salts:
         assert ask(engine, prompt, greedy(salt=salt)).metrics.cached_tokens == 16
+
+
+def test_the_parts_of_a_root_do_not_run_together() -> None:
+    """A model's name and a salt are two things, whatever they contain."""
+    roots = [root_hash(*parts) for parts in [("a", "b"), ("a=b", None), ("a", None), ("a", ""), (None, "a"), ("", "a")]]
+    assert len(set(roots)) == len(roots)
+
+
+def test_cached_blocks_that_nobody_uses_count_as_taken_when_they_are_found() -> None:
+    """10 blocks: 4 are cached, 5 are running. What finds the 4 and needs 2 more does not fit, though 5 can be taken."""
+    engine = fake_engine(FakeRunner(num_blocks=10))
+    prefix = random_tokens(16, seed=8)
+    ask(engine, prefix, greedy(1))
+    engine.add(random_tokens(18, seed=9), greedy(2))
+    engine.step()
+    assert (engine.stats().kv_blocks_used, engine.stats().kv_blocks_cached) == (5, 4)
+    engine.add([*prefix, *random_tokens(7, seed=10)], greedy(1))
+    engine.step()
+    assert (engine.stats().waiting, engine.stats().prefix_cache_hits) == (1, 0)
+    run_all(engine)
+    assert (engine.stats().preemptions, engine.stats().prefix_cache_hits) == (0, 16)
 
 
 def test_what_a_failed_step_was_to_compute_is_never_read() -> None:
