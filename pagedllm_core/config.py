@@ -66,7 +66,9 @@ class EngineConfig(ValidatedModel):
     load_format: Literal["auto", "safetensors", "dummy", "gguf"] = Field(
         "auto", description='"dummy" makes seeded random weights for a configuration.'
     )
-    quantization: str | None = Field(None, description="Not supported yet.")
+    quantization: Literal["int8"] | None = Field(
+        None, description='"int8" rounds linear layers at load (W8A8), where native code runs whole steps on a CPU.'
+    )
     max_model_len: int | None = Field(None, ge=1, description="Context limit in tokens; the model's own if None.")
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one KV block.")
     kv_cache_memory: int | None = Field(None, description='Bytes of the KV pool, or e.g. "2GiB"; wins over the next.')
@@ -110,7 +112,6 @@ class EngineConfig(ValidatedModel):
     @model_validator(mode="after")
     def _features_exist(self) -> EngineConfig:
         missing = {
-            "quantization": self.quantization is not None,
             "load_format": self.load_format == "gguf",
             "kv_cache_dtype": self.kv_cache_dtype != "auto",
             "tensor_parallel_size": self.tensor_parallel_size != 1,

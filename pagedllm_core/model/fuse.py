@@ -72,10 +72,11 @@ class FusedDecoder:
         parts: The model's modules; their linear weights are dropped one after the other.
         probed: Its attention layers.
         library: The native code.
+        int8: Round all linear layers to int8, the head included.
     """
 
-    def __init__(self, parts: _Parts, probed: list[ProbedLayer], library: ctypes.CDLL) -> None:
-        self._library, self._probed, self._rotary = library, probed, parts.rotary
+    def __init__(self, parts: _Parts, probed: list[ProbedLayer], library: ctypes.CDLL, int8: bool = False) -> None:
+        self._library, self._probed, self._rotary, self._int8 = library, probed, parts.rotary, int8
         self._held: list[Any] = []  # what the structures point to
         self._rotations = (torch.empty(0, 0), torch.empty(0, 0))
         self._layers = (LayerStruct * len(parts.layers))()
@@ -105,7 +106,7 @@ class FusedDecoder:
         weight = modules[0].weight if len(modules) == 1 else torch.cat([module.weight for module in modules])
         biases = [torch.zeros(one.out_features) if one.bias is None else one.bias.float() for one in modules]
         bias = torch.cat(biases) if any(module.bias is not None for module in modules) else None
-        packed = PackedLinear(self._library, weight, bias)
+        packed = PackedLinear(self._library, weight, bias, self._int8)
         self._held.append(packed)
         if not keep:
             for module in modules:
@@ -145,7 +146,9 @@ class FusedDecoder:
         self._decoder.cosines, self._decoder.sines = cosines.data_ptr(), sines.data_ptr()
 
 
-def fuse(model: nn.Module, hf_config: Any, probed: list[ProbedLayer], library: ctypes.CDLL) -> FusedDecoder | None:
+def fuse(
+    model: nn.Module, hf_config: Any, probed: list[ProbedLayer], library: ctypes.CDLL, int8: bool = False
+) -> FusedDecoder | None:
     """The model as a fused decoder where it is one; its weights are then gone.
 
     Args:
@@ -153,6 +156,7 @@ def fuse(model: nn.Module, hf_config: Any, probed: list[ProbedLayer], library: c
         hf_config: Its configuration.
         probed: Its attention layers.
         library: The native code.
+        int8: Round its linear layers to int8.
 
     Returns:
         None, and the model as it was, where it does not fit.
@@ -169,20 +173,20 @@ def fuse(model: nn.Module, hf_config: Any, probed: list[ProbedLayer], library: c
     made: list[FusedDecoder] = []
 
     def fused(storage: KVStorage) -> StepFunction:
-        made.append(FusedDecoder(parts, probed, library))
+        made.append(FusedDecoder(parts, probed, library, int8))
         made[0].bind(storage)
         return made[0].logits
 
     with torch.inference_mode():
         distances = distances_to_own(model, probed, probe_tokens(hf_config), fused)
     if distances is None:
-        return FusedDecoder(parts, probed, library)
-    exact = probed[0].geometry.dtype == torch.float32
+        return FusedDecoder(parts, probed, library, int8)
+    exact = probed[0].geometry.dtype == torch.float32 and not int8
     if float(distances.median()) > (0.01 if exact else 0.2):  # the small model was no fair sample of it
         raise unsupported(
             hf_config,
             f"its fused form has other logits than its own (relative difference {float(distances.median()):.2g}); "
-            "PAGEDLLM_NATIVE=none runs it unfused",
+            + ("leave quantization out" if int8 else "PAGEDLLM_NATIVE=none runs it unfused"),
         )
     return made[0]
 

@@ -30,6 +30,10 @@ logger = logging.getLogger("pagedllm.model")
 _DEFAULT_POOL = 4 << 30
 _DEFAULT_SHARE = 0.4
 _DEFAULT_SWAP = 4 << 30
+_ONLY_FUSED = (
+    "{}: {!r} runs on torch here{}; use a model that the native code runs whole (Llama, Mistral, Qwen2, Qwen3, Phi-3) "
+    "on a CPU with AVX2, with float32 or bfloat16, or leave {} out"
+)
 
 
 class ModelRunner:
@@ -65,7 +69,10 @@ class ModelRunner:
             library = load(tier()) if loaded.device.type == "cpu" else None
             attention = TorchPagedAttention if library is None else partial(NativeAttention, library=library)
             layers = probe_layers(loaded.model, loaded.hf_config, attention)
-            self._fused = None if library is None else fuse(loaded.model, loaded.hf_config, layers, library)
+            int8 = config.quantization == "int8"
+            self._fused = None if library is None else fuse(loaded.model, loaded.hf_config, layers, library, int8)
+        if int8 and self._fused is None:
+            raise UnsupportedModelError(_ONLY_FUSED.format("quantization='int8'", loaded.name, "", "quantization"))
         self.max_model_len = loaded.max_model_len
         self.block_size = config.block_size
         self.eos_token_ids = loaded.eos_token_ids
@@ -145,11 +152,8 @@ class ModelRunner:
             UnsupportedModelError: This model on this machine is not deterministic.
         """
         if self._fused is None:
-            raise UnsupportedModelError(
-                f"deterministic=True: {self.model_name!r} runs on torch here, whose results depend on the batch; use a "
-                "model that the native code runs whole (Llama, Mistral, Qwen2, Qwen3, Phi-3) on a CPU with AVX2, "
-                "with float32 or bfloat16, or leave deterministic out"
-            )
+            why = ", whose results depend on the batch"
+            raise UnsupportedModelError(_ONLY_FUSED.format("deterministic=True", self.model_name, why, "deterministic"))
         with self._threads():
             different = shapes_that_differ(self._fused.logits, self.vocab_size, self.num_blocks, self.block_size)
         if different:

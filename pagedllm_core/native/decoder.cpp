@@ -1,12 +1,13 @@
 // One step of a decoder on a CPU: linear layers over packed weights, paged attention, and what lies between.
 //
 // The file is compiled once for each tier of instructions (see build.py); W is the width of the tier's vectors. Weights
-// are float32 or bfloat16, everything between two layers is float32.
+// are float32, bfloat16 or int8, everything between two layers is float32.
 //
 // Every number of a row depends on that row alone, added up in one order whatever else is in the batch: a row's result
 // is bit-equal alone and in company, in one chunk or several.
 //
-//     packed weights, NR = 2 W outputs side by side       [N / NR][K / 2][NR][2]   bfloat16, two inputs in 32 bits
+//     packed weights, NR = 2 W outputs side by side       [N / NR][K / 4][NR][4]   int8, four inputs in 32 bits
+//                                                         [N / NR][K / 2][NR][2]   bfloat16, two inputs in 32 bits
 //                                                         [N / NR][K][NR]          float32
 
 #include <algorithm>
@@ -38,6 +39,7 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef float vf_u __attribute__((vector_size(4 * W), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef int32_t vi_u __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint32_t vu_u __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint16_t vh_u __attribute__((vector_size(2 * W), aligned(2)));
@@ -129,9 +131,10 @@ extern "C" {
 
 struct Matrix {  // y = x W^T + bias
     const void* data;
-    const float* bias;  // or null
+    const float* bias;    // or null
+    const float* scales;  // [outputs], of int8 weights
     int64_t outputs, inputs;
-    int64_t is_bf16;
+    int64_t type;  // bytes of a weight: 4 float32, 2 bfloat16, 1 int8
 };
 
 struct Attention {
@@ -174,9 +177,66 @@ struct Decoder {
 namespace {
 
 // Linear layers.
+//
+// int8 is W8A8: weights are scaled by output, and the inputs of each row by their largest. Sums are of integers, so they
+// are exact. Weights are stored with 128 added, as the instruction multiplies unsigned bytes with signed ones.
+
+template <bool VNNI>
+struct Int8 {
+    uint8_t value;
+};
+
+struct RowScale {  // of a row in int8
+    float scale;
+    int32_t offset;  // 128 times the sum of its numbers, which the weights' 128 adds
+};
+
+// acc plus four unsigned bytes in each lane of w times the four signed bytes at x.
+template <bool VNNI>
+inline vi dot(vi acc, vi w, const float* x) {
+#ifdef __AVX512F__
+    if constexpr (VNNI) {  // gcc 12 spills accumulators around the intrinsic
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
+        return acc;
+    }
+    const __m512i weights = reinterpret_cast<__m512i>(w);
+    const __m512i four = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x));
+    const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(four, 8), 8), odd = _mm512_srai_epi16(four, 8);
+    acc += reinterpret_cast<vi>(_mm512_madd_epi16(_mm512_and_si512(weights, _mm512_set1_epi16(255)), even));
+    return acc + reinterpret_cast<vi>(_mm512_madd_epi16(_mm512_srli_epi16(weights, 8), odd));
+#else
+    const __m256i weights = reinterpret_cast<__m256i>(w);
+    const __m256i four = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(x));
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), odd = _mm256_srai_epi16(four, 8);
+    acc += reinterpret_cast<vi>(_mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)), even));
+    return acc + reinterpret_cast<vi>(_mm256_madd_epi16(_mm256_srli_epi16(weights, 8), odd));
+#endif
+}
+
+template <int ROWS, int PANELS, bool VNNI>
+inline void kernel(const Int8<VNNI>* weights, int64_t panel_size, int64_t inputs, const float* a, const RowScale* scales,
+                   vf (&y)[ROWS][PANELS][2]) {
+    vi acc[ROWS][PANELS][2] = {};
+    for (int64_t k = 0; k < inputs; k += 4, a += ROWS)
+        for (int p = 0; p < PANELS; p++) {
+            const Int8<VNNI>* w = weights + p * panel_size + k * NR;
+            const vi w0 = *reinterpret_cast<const vi_u*>(w), w1 = *reinterpret_cast<const vi_u*>(w + 4 * W);
+            for (int r = 0; r < ROWS; r++) {
+                acc[r][p][0] = dot<VNNI>(acc[r][p][0], w0, a + r);
+                acc[r][p][1] = dot<VNNI>(acc[r][p][1], w1, a + r);
+            }
+        }
+    std::memcpy(y, acc, sizeof(acc));  // at once: as long as they are summed up, they stay in registers
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PANELS; p++)
+            for (int h = 0; h < 2; h++)
+                y[r][p][h] = __builtin_convertvector(reinterpret_cast<vi>(y[r][p][h]) - scales[r].offset, vf) *
+                             scales[r].scale;
+}
 
 template <int ROWS, int PANELS, class T>
-inline void kernel(const T* weights, int64_t panel_size, int64_t inputs, const float* a, vf (&y)[ROWS][PANELS][2]) {
+inline void kernel(const T* weights, int64_t panel_size, int64_t inputs, const float* a, const RowScale*,
+                   vf (&y)[ROWS][PANELS][2]) {
     vf acc[ROWS][PANELS][2] = {};
     if constexpr (sizeof(T) == 4) {
         for (int64_t k = 0; k < inputs; k++, a += ROWS)
@@ -215,30 +275,31 @@ struct Output {
 };
 
 template <int ROWS, int PANELS, class T>
-void tile(const Matrix& m, int64_t panel, int64_t inputs, const float* a, int64_t row, const Output& out) {
+void tile(const Matrix& m, int64_t panel, int64_t inputs, const float* a, const RowScale* scales, int64_t row,
+          const Output& out) {
     const int64_t panel_size = inputs * NR;
     vf y[ROWS][PANELS][2];
-    kernel<ROWS, PANELS>(static_cast<const T*>(m.data) + panel * panel_size, panel_size, inputs, a, y);
+    kernel<ROWS, PANELS>(static_cast<const T*>(m.data) + panel * panel_size, panel_size, inputs, a, scales, y);
     for (int r = 0; r < ROWS; r++)
         for (int p = 0; p < PANELS; p++) {
             int64_t first = (panel + p) * NR, count = std::min<int64_t>(NR, m.outputs - first);
             float* to = out.y + (row + r) * out.stride + first;
             const float* from = reinterpret_cast<const float*>(y[r][p]);
             for (int64_t i = 0; i < count; i++) {
-                float value = from[i] + (m.bias ? m.bias[first + i] : 0.0f);
+                float value = (sizeof(T) == 1 ? from[i] * m.scales[first + i] : from[i]) + (m.bias ? m.bias[first + i] : 0.0f);
                 to[i] = out.add ? to[i] + value : value;
             }
         }
 }
 
 template <int ROWS, class T>
-void tiles(int rows, const Matrix& m, int64_t panel, int64_t end, int64_t inputs, const float* a, int64_t row,
-           const Output& out) {
+void tiles(int rows, const Matrix& m, int64_t panel, int64_t end, int64_t inputs, const float* a, const RowScale* scales,
+           int64_t row, const Output& out) {
     if constexpr (ROWS > 0) {
-        if (rows != ROWS) return tiles<ROWS - 1, T>(rows, m, panel, end, inputs, a, row, out);
+        if (rows != ROWS) return tiles<ROWS - 1, T>(rows, m, panel, end, inputs, a, scales, row, out);
         constexpr int PANELS = ROWS == 1 ? 4 : ROWS <= 2 ? 2 : 1;
-        for (; panel + PANELS <= end; panel += PANELS) tile<ROWS, PANELS, T>(m, panel, inputs, a, row, out);
-        for (; panel < end; panel++) tile<ROWS, 1, T>(m, panel, inputs, a, row, out);
+        for (; panel + PANELS <= end; panel += PANELS) tile<ROWS, PANELS, T>(m, panel, inputs, a, scales, row, out);
+        for (; panel < end; panel++) tile<ROWS, 1, T>(m, panel, inputs, a, scales, row, out);
     }
 }
 
@@ -251,24 +312,66 @@ inline Group group_of(int64_t rows, int64_t g) {
     const int64_t groups = groups_of(rows), first = rows * g / groups;
     return {first, rows * (g + 1) / groups - first};
 }
-inline int64_t padded_inputs(const Matrix& m) { return m.is_bf16 ? (m.inputs + 1) / 2 * 2 : m.inputs; }
+inline int64_t padded_inputs(int64_t inputs, int64_t type) {
+    const int64_t pair = type == 4 ? 1 : 4 / type;
+    return (inputs + pair - 1) / pair * pair;
+}
+inline int64_t row_floats(const Matrix& m) {  // that an interleaved row takes
+    return m.type == 1 ? padded_inputs(m.inputs, 1) / 4 : padded_inputs(m.inputs, m.type);
+}
 
-// A group's rows interleaved, their first inputs side by side, so that a tile reads them in order. row(r) points to one.
+// Rows interleaved by groups, their first inputs side by side, so that a tile reads them in order.
+struct Rows {
+    float* data;
+    RowScale* scales;  // [rows], for int8
+};
+
+// A row in int8, four numbers in the place of a float.
+RowScale quantize(const float* x, int64_t count, int64_t padded, int8_t* to) {
+    vf most = {};
+    int64_t k = 0;
+    for (; k + W <= count; k += W) {
+        vf y = load(x + k);
+        y = y < 0 ? -y : y;
+        most = most > y ? most : y;
+    }
+    float top = largest(most);
+    for (; k < count; k++) top = std::max(top, std::fabs(x[k]));
+    const float scale = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
+    int32_t total = 0;
+    for (k = 0; k < count; k++) {
+        const int32_t q = static_cast<int32_t>(x[k] * inverse + 12582912.0f - 12582912.0f);  // to nearest, ties to even
+        to[k] = static_cast<int8_t>(q);
+        total += q;
+    }
+    for (; k < padded; k++) to[k] = 0;
+    return {scale, 128 * total};
+}
+
+// row(r) points to one of the group's rows.
 template <class Row>
-void interleave(const Matrix& m, const Group& group, Row row, float* packed) {
-    const int64_t inputs = padded_inputs(m);
-    packed += group.first * inputs;
+void interleave(const Matrix& m, const Group& group, Row row, const Rows& packed) {
+    const int64_t floats = row_floats(m);
+    float* to = packed.data + group.first * floats;
+    thread_local std::vector<float> bytes;
+    if (m.type == 1) bytes.resize(floats);
     for (int64_t r = 0; r < group.size; r++) {
         const float* x = row(group.first + r);
-        for (int64_t k = 0; k < m.inputs; k++) packed[k * group.size + r] = x[k];
-        for (int64_t k = m.inputs; k < inputs; k++) packed[k * group.size + r] = 0;
+        int64_t count = m.inputs;
+        if (m.type == 1) {
+            packed.scales[group.first + r] = quantize(x, count, 4 * floats, reinterpret_cast<int8_t*>(bytes.data()));
+            x = bytes.data(), count = floats;
+        }
+        for (int64_t k = 0; k < count; k++) std::memcpy(to + k * group.size + r, x + k, sizeof(float));
+        for (int64_t k = count; k < floats; k++) to[k * group.size + r] = 0;
     }
 }
 
 // A linear layer over interleaved rows.
 template <class T>
-void linear(Team::Turn& turn, const Matrix& m, const float* packed, int64_t rows, const Output& out) {
-    const int64_t inputs = padded_inputs(m), panels = (m.outputs + NR - 1) / NR, groups = groups_of(rows);
+void linear(Team::Turn& turn, const Matrix& m, const Rows& packed, int64_t rows, const Output& out) {
+    const int64_t inputs = padded_inputs(m.inputs, m.type), floats = row_floats(m);
+    const int64_t panels = (m.outputs + NR - 1) / NR, groups = groups_of(rows);
     const int64_t blocks = (groups + GROUPS_TOGETHER - 1) / GROUPS_TOGETHER;
     // A strip of panels stays in the cache while a block of groups passes; there are some strips for each thread.
     const int64_t strip = std::clamp<int64_t>(panels * blocks / (4 * turn.threads()), 1, 4);
@@ -277,16 +380,21 @@ void linear(Team::Turn& turn, const Matrix& m, const float* packed, int64_t rows
         for (int64_t g = groups * block / blocks; g < groups * (block + 1) / blocks; g++) {
             const Group group = group_of(rows, g);
             tiles<MOST_ROWS, T>(group.size, m, panel, std::min(panels, panel + strip), inputs,
-                                packed + group.first * inputs, group.first, out);
+                                packed.data + group.first * floats, packed.scales + group.first, group.first, out);
         }
     });
 }
 
-void linear(Team::Turn& turn, const Matrix& m, const float* packed, int64_t rows, const Output& out) {
-    if (m.is_bf16)
-        linear<bf16>(turn, m, packed, rows, out);
-    else
+void linear(Team::Turn& turn, const Matrix& m, const Rows& packed, int64_t rows, const Output& out) {
+    static const bool vnni = __builtin_cpu_supports("avx512vnni") && W == 16;
+    if (m.type == 4)
         linear<float>(turn, m, packed, rows, out);
+    else if (m.type == 2)
+        linear<bf16>(turn, m, packed, rows, out);
+    else if (vnni)
+        linear<Int8<true>>(turn, m, packed, rows, out);
+    else
+        linear<Int8<false>>(turn, m, packed, rows, out);
 }
 
 // Paged attention.
@@ -506,16 +614,36 @@ void embed(const Decoder& d, int64_t token, float* x) {
         widen(static_cast<const float*>(d.embedding) + token * d.hidden, 1, d.hidden, d.hidden, x);
 }
 
-template <class T>
-void pack(const T* weight, int64_t outputs, int64_t inputs, int64_t panel, T* packed) {
-    const int64_t padded = sizeof(T) == 2 ? (inputs + 1) / 2 * 2 : inputs, pair = sizeof(T) == 2 ? 2 : 1;
+// One panel; `put(output, input, place)` writes a weight, or nothing where `output` or `input` is beyond the last.
+template <class Put>
+void pack(int64_t inputs, int64_t type, int64_t panel, Put write) {
+    const int64_t padded = padded_inputs(inputs, type), pair = 4 / type;
     for (int64_t k = 0; k < padded; k++)
-        for (int64_t n = 0; n < NR; n++) {
-            const int64_t output = panel * NR + n;
-            const bool inside = output < outputs && k < inputs;
-            packed[panel * padded * NR + k / pair * pair * NR + n * pair + k % pair] =
-                inside ? weight[output * inputs + k] : T(0);
-        }
+        for (int64_t n = 0; n < NR; n++)
+            write(panel * NR + n, k, panel * padded * NR + k / pair * pair * NR + n * pair + k % pair);
+}
+
+template <class T>
+void pack_as_is(const T* weight, int64_t outputs, int64_t inputs, int64_t panel, T* packed) {
+    pack(inputs, sizeof(T), panel, [&](int64_t n, int64_t k, int64_t place) {
+        packed[place] = n < outputs && k < inputs ? weight[n * inputs + k] : T(0);
+    });
+}
+
+template <class T>
+void pack_int8(const T* weight, int64_t outputs, int64_t inputs, int64_t panel, uint8_t* packed, float* scales) {
+    float inverse[NR] = {};
+    for (int64_t n = 0; n < NR && panel * NR + n < outputs; n++) {
+        float top = 0;
+        for (int64_t k = 0; k < inputs; k++)
+            top = std::max(top, std::fabs(to_float(weight[(panel * NR + n) * inputs + k])));
+        scales[panel * NR + n] = top / 127.0f;
+        inverse[n] = top > 0 ? 127.0f / top : 0.0f;
+    }
+    pack(inputs, 1, panel, [&](int64_t n, int64_t k, int64_t place) {
+        const bool inside = n < outputs && k < inputs;
+        packed[place] = 128 + (inside ? std::lrint(to_float(weight[n * inputs + k]) * inverse[n - panel * NR]) : 0);
+    });
 }
 
 Team& team() {
@@ -527,27 +655,37 @@ Team& team() {
 
 extern "C" {
 
-int64_t packed_size(int64_t outputs, int64_t inputs, int64_t is_bf16) {  // numbers, not bytes
-    return (outputs + NR - 1) / NR * NR * (is_bf16 ? (inputs + 1) / 2 * 2 : inputs);
+int64_t packed_size(int64_t outputs, int64_t inputs, int64_t type) {  // bytes
+    return (outputs + NR - 1) / NR * NR * padded_inputs(inputs, type) * type;
 }
 
-void pack_weight(const void* weight, int64_t outputs, int64_t inputs, int64_t is_bf16, void* packed, int64_t threads) {
+// `from` and `type` are types as in Matrix; from another type only to int8, whose scales are written, too.
+void pack_weight(const void* weight, int64_t outputs, int64_t inputs, int64_t from, int64_t type, void* packed,
+                 float* scales, int64_t threads) {
     Team::Turn turn(team(), threads);
+    const auto* floats = static_cast<const float*>(weight);
+    const auto* halves = static_cast<const bf16*>(weight);
     turn.each((outputs + NR - 1) / NR, [&](int64_t panel) {
-        if (is_bf16)
-            pack(static_cast<const bf16*>(weight), outputs, inputs, panel, static_cast<bf16*>(packed));
+        if (type == 1 && from == 2)
+            pack_int8(halves, outputs, inputs, panel, static_cast<uint8_t*>(packed), scales);
+        else if (type == 1)
+            pack_int8(floats, outputs, inputs, panel, static_cast<uint8_t*>(packed), scales);
+        else if (type == 2)
+            pack_as_is(halves, outputs, inputs, panel, static_cast<bf16*>(packed));
         else
-            pack(static_cast<const float*>(weight), outputs, inputs, panel, static_cast<float*>(packed));
+            pack_as_is(floats, outputs, inputs, panel, static_cast<float*>(packed));
     });
 }
 
 void matmul(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
     Team::Turn turn(team(), threads);
-    Buffer packed(rows * padded_inputs(*m));
+    Buffer data(rows * row_floats(*m));
+    std::vector<RowScale> scales(rows);
+    const Rows packed{data.data, scales.data()};
     turn.each(groups_of(rows), [&](int64_t g) {
-        interleave(*m, group_of(rows, g), [&](int64_t row) { return x + row * m->inputs; }, packed.data);
+        interleave(*m, group_of(rows, g), [&](int64_t row) { return x + row * m->inputs; }, packed);
     });
-    linear(turn, *m, packed.data, rows, {y, m->outputs, false});
+    linear(turn, *m, packed, rows, {y, m->outputs, false});
 }
 
 // q [heads][tokens][dim], k and v [kv_heads][tokens][dim], with the strides (head, row) given in numbers.
@@ -576,7 +714,9 @@ void decode(const Decoder* decoder, const Step* step, float* logits, int64_t thr
     const int64_t widest = std::max({d.hidden, d.intermediate, attended}) + 1;  // an odd number is padded
     const int64_t wide_width = std::max(2 * d.intermediate, qkv_width);
     Buffer x(tokens * d.hidden), out(tokens * attended), wide(tokens * wide_width);
-    Buffer packed(std::max(tokens, step->logits) * widest);
+    Buffer data(std::max(tokens, step->logits) * widest);
+    std::vector<RowScale> scales(std::max(tokens, step->logits));
+    const Rows packed{data.data, scales.data()};
     const std::vector<Task> tasks = tasks_of(*step, at.heads / at.kv_heads);
     Team::Turn turn(team(), threads);
     // What lies between two linear layers is done for a group of rows, and leaves them interleaved for the next one.
@@ -590,7 +730,7 @@ void decode(const Decoder* decoder, const Step* step, float* logits, int64_t thr
             rms_norm(x.data + row(t) * d.hidden, weight, d.hidden, d.epsilon, y.data());
             return y.data();
         };
-        interleave(next, group, norm, packed.data);
+        interleave(next, group, norm, packed);
     };
     auto same = [](int64_t t) { return t; };
 
@@ -600,33 +740,33 @@ void decode(const Decoder* decoder, const Step* step, float* logits, int64_t thr
         normed(d.layers->qkv, d.layers->input_norm, group, same);
     });
     for (const Layer* layer = d.layers; layer != d.layers + d.num_layers; layer++) {
-        linear(turn, layer->qkv, packed.data, tokens, {wide.data, qkv_width, false});
+        linear(turn, layer->qkv, packed, tokens, {wide.data, qkv_width, false});
         each_group(tokens, [&](const Group& group) {
             for (int64_t t = group.first; t < group.first + group.size; t++)
                 rotate_and_write(d, *layer, *step, t, wide.data + t * qkv_width);
         });
         attend_all(turn, layer->attention, *step, tasks, wide.data, qkv_width, at.dim, out.data);
         each_group(tokens, [&](const Group& group) {
-            interleave(layer->o, group, [&](int64_t t) { return out.data + t * attended; }, packed.data);
+            interleave(layer->o, group, [&](int64_t t) { return out.data + t * attended; }, packed);
         });
-        linear(turn, layer->o, packed.data, tokens, {x.data, d.hidden, true});
+        linear(turn, layer->o, packed, tokens, {x.data, d.hidden, true});
         each_group(tokens, [&](const Group& group) { normed(layer->gate_up, layer->post_norm, group, same); });
-        linear(turn, layer->gate_up, packed.data, tokens, {wide.data, 2 * d.intermediate, false});
+        linear(turn, layer->gate_up, packed, tokens, {wide.data, 2 * d.intermediate, false});
         each_group(tokens, [&](const Group& group) {
             auto product = [&](int64_t t) {
                 float* gate = wide.data + t * 2 * d.intermediate;
                 silu_mul(gate, gate + d.intermediate, d.intermediate);
                 return gate;
             };
-            interleave(layer->down, group, product, packed.data);
+            interleave(layer->down, group, product, packed);
         });
-        linear(turn, layer->down, packed.data, tokens, {x.data, d.hidden, true});
+        linear(turn, layer->down, packed, tokens, {x.data, d.hidden, true});
         if (layer + 1 != d.layers + d.num_layers)
             each_group(tokens, [&](const Group& group) { normed(layer[1].qkv, layer[1].input_norm, group, same); });
     }
     each_group(step->logits, [&](const Group& group) {
         normed(d.head, d.norm, group, [&](int64_t i) { return step->logits_rows[i]; });
     });
-    linear(turn, d.head, packed.data, step->logits, {logits, d.head.outputs, false});
+    linear(turn, d.head, packed, step->logits, {logits, d.head.outputs, false});
 }
 }

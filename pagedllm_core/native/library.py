@@ -27,7 +27,8 @@ class Matrix(Structure):
     """y = x W^T + bias, packed."""
 
     _fields_ = [
-        ("data", c_void_p), ("bias", c_void_p), ("outputs", c_int64), ("inputs", c_int64), ("is_bf16", c_int64),
+        ("data", c_void_p), ("bias", c_void_p), ("scales", c_void_p), ("outputs", c_int64), ("inputs", c_int64),
+        ("type", c_int64),
     ]  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def load(name: str | None) -> ctypes.CDLL | None:
         return None
     library.packed_size.argtypes = [c_int64, c_int64, c_int64]
     library.packed_size.restype = c_int64
-    library.pack_weight.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64]
+    library.pack_weight.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64]
     library.matmul.argtypes = [POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int64]
     library.attention.argtypes = [
         POINTER(Attention), POINTER(Step), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64,
@@ -125,19 +126,26 @@ class PackedLinear:
         library: Packs it.
         weight: [outputs, inputs], float32 or bfloat16, contiguous; not needed afterwards.
         bias: [outputs], or None.
+        int8: Round the weights to int8, scaled by output; the rows they meet will be rounded too, each by its largest
+            number (W8A8).
     """
 
-    def __init__(self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None = None, int8: bool = False
+    ) -> None:
         outputs, inputs = weight.shape
-        is_bf16 = weight.dtype == torch.bfloat16
-        size = library.packed_size(outputs, inputs, is_bf16)
-        self._data = aligned(size, weight.dtype)
-        self._bias = None if bias is None else bias.detach().float().contiguous()
+        kind = 1 if int8 else weight.dtype.itemsize
         weight = weight.detach().contiguous()
-        library.pack_weight(weight.data_ptr(), outputs, inputs, is_bf16, self._data.data_ptr(), torch.get_num_threads())
+        self._data = aligned(library.packed_size(outputs, inputs, kind), torch.uint8)
+        self._bias = None if bias is None else bias.detach().float().contiguous()
+        self._scales = torch.empty(outputs if int8 else 0)
+        library.pack_weight(
+            weight.data_ptr(), outputs, inputs, weight.dtype.itemsize, kind, self._data.data_ptr(),
+            self._scales.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
         self._library = library
         bias_pointer = None if self._bias is None else self._bias.data_ptr()
-        self.matrix = Matrix(self._data.data_ptr(), bias_pointer, outputs, inputs, is_bf16)
+        self.matrix = Matrix(self._data.data_ptr(), bias_pointer, self._scales.data_ptr(), outputs, inputs, kind)
 
     def __call__(self, x: torch.Tensor, threads: int = 1) -> torch.Tensor:
         """float32 [rows, inputs], contiguous, to float32 [rows, outputs]."""

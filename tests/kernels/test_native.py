@@ -44,10 +44,35 @@ def test_linear_layers(tier: str, dtype: torch.dtype, shape: tuple[int, int]) ->
             torch.testing.assert_close(packed(x, threads=2).double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row as integers up to 127, and what one of them is worth."""
+    top = x.float().abs().amax(1, keepdim=True)
+    inverse = torch.full_like(top, 127) / top  # a number by a tensor is not divided exactly
+    return torch.where(top > 0, x.float() * inverse, 0.0).round().double(), (top / 127).double()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_bit_equal_alone_and_in_company(tier: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [(1, 1), (37, 51), (96, 64), (200, 333)])
+def test_linear_layers_in_int8(tier: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
-    packed = PackedLinear(LIBRARIES[tier], torch.randn(130, 77, generator=generator).to(dtype))
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    weight[0] = 0
+    bias = torch.randn(shape[0], generator=generator)
+    packed = PackedLinear(LIBRARIES[tier], weight, bias, int8=True)
+    integers, worth = rounded(weight)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 50, 97, 200):
+        x = torch.randn(rows, shape[1], generator=generator)
+        x[-1] = 0
+        inputs, scale = rounded(x)
+        wanted = (inputs @ integers.T) * scale * worth.T + bias
+        torch.testing.assert_close(packed(x, threads=2).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_bit_equal_alone_and_in_company(tier: str, dtype: torch.dtype, int8: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = PackedLinear(LIBRARIES[tier], torch.randn(130, 77, generator=generator).to(dtype), int8=int8)
     x = torch.randn(150, 77, generator=generator)
     together = packed(x, threads=2)
     for rows in (1, 2, 5, 12, 13, 100):
@@ -108,6 +133,18 @@ def test_results_are_bit_equal_alone_in_company_in_chunks_cached_and_preempted(t
     assert answers(True, dtype=dtype, max_num_batched_tokens=16, max_num_seqs=16) == alone
     small = "1400KiB" if dtype == "float32" else "700KiB"
     assert answers(True, dtype=dtype, kv_cache_memory=small, num_threads=1) == alone
+
+
+def test_int8_is_bit_equal_alone_and_in_company(tier: str) -> None:
+    alone = answers(False, quantization="int8", enable_prefix_caching=False)
+    assert answers(True, again=True, quantization="int8") == alone
+    assert alone != answers(False, enable_prefix_caching=False), "nothing was rounded"
+
+
+def test_int8_is_refused_where_torch_runs_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEDLLM_NATIVE", "none")
+    with pytest.raises(UnsupportedModelError, match="quantization='int8': 'tiny' runs on torch here; use a model"):
+        ModelRunner(EngineConfig(model="tiny", quantization="int8"))
 
 
 def test_deterministic_is_refused_where_it_would_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:

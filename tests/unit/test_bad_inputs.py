@@ -127,7 +127,7 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("max_num_seqs", {"model": "m", "max_num_seqs": 0}),
     ("max_num_batched_tokens", {"model": "m", "max_num_seqs": 64, "max_num_batched_tokens": 32}),
     ("gpu_memory_utilization", {"model": "m", "gpu_memory_utilization": 1.5}),
-    ("quantization", {"model": "m", "quantization": "int8"}),
+    ("quantization", {"model": "m", "quantization": "int4"}),
     ("load_format", {"model": "m", "load_format": "gguf"}),
     ("load_format", {"model": "m", "load_format": "pickle"}),
     ("kv_cache_dtype", {"model": "m", "kv_cache_dtype": "fp8"}),
