@@ -30,6 +30,7 @@ logger = logging.getLogger("pagedllm.model")
 _DEFAULT_POOL = 4 << 30
 _DEFAULT_SHARE = 0.4
 _DEFAULT_SWAP = 4 << 30
+_WORTH_A_THREAD = 256 << 20  # bytes of weights
 _ONLY_FUSED = (
     "{}: {!r} runs on torch here{}; use a model that the native code runs whole (Llama, Mistral, Qwen2, Qwen3, Phi-3) "
     "on a CPU with AVX2, with float32 or bfloat16, or leave {} out"
@@ -66,8 +67,11 @@ class ModelRunner:
         self._num_threads = config.num_threads
         with self._threads():
             loaded = load_model(config)
-            library = load(tier()) if loaded.device.type == "cpu" else None
-            attention = TorchPagedAttention if library is None else partial(NativeAttention, library=library)
+        library = load(tier()) if loaded.device.type == "cpu" else None
+        attention = TorchPagedAttention if library is None else partial(NativeAttention, library=library)
+        # A model is tried on a few tokens: hundreds of small operations, which wait for threads longer than they work.
+        size = sum(parameter.nbytes for parameter in loaded.model.parameters())
+        with self._threads(most=1 + size // _WORTH_A_THREAD):
             layers = probe_layers(loaded.model, loaded.hf_config, attention)
             int8 = config.quantization == "int8"
             self._fused = None if library is None else fuse(loaded.model, loaded.hf_config, layers, library, int8)
@@ -183,13 +187,14 @@ class ModelRunner:
         )
 
     @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Use the configured number of CPU threads, and give back what was set before."""
+    def _threads(self, most: int | None = None) -> Iterator[None]:
+        """Use the configured number of CPU threads, or `most`, and give back what was set before."""
         before = torch.get_num_threads()
-        if self._num_threads in (None, before):
+        wanted = min(self._num_threads or before, most or before)
+        if wanted == before:
             yield
             return
-        torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(wanted)
         try:
             yield
         finally:
