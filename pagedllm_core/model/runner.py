@@ -72,9 +72,14 @@ class ModelRunner:
         # A model is tried on a few tokens: hundreds of small operations, which wait for threads longer than they work.
         size = sum(parameter.nbytes for parameter in loaded.model.parameters())
         with self._threads(most=1 + size // _WORTH_A_THREAD):
-            layers = probe_layers(loaded.model, loaded.hf_config, attention)
+            probe = partial(probe_layers, loaded.model, loaded.hf_config, attention)
             int8 = config.quantization == "int8"
-            self._fused = None if library is None else fuse(loaded.model, loaded.hf_config, layers, library, int8)
+            self._fused = None
+            if library is not None:
+                layers = probe(prove=False)  # the fused form is compared with the model's own logits, too
+                self._fused = fuse(loaded.model, loaded.hf_config, layers, library, int8)
+            if self._fused is None:
+                layers = probe()
         if int8 and self._fused is None:
             raise UnsupportedModelError(_ONLY_FUSED.format("quantization='int8'", loaded.name, "", "quantization"))
         self.max_model_len = loaded.max_model_len

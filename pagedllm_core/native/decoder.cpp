@@ -625,6 +625,15 @@ void pack(int64_t inputs, int64_t type, int64_t panel, Put write) {
 
 template <class T>
 void pack_as_is(const T* weight, int64_t outputs, int64_t inputs, int64_t panel, T* packed) {
+    constexpr int64_t PAIR = 4 / sizeof(T), AHEAD = 64 / sizeof(T);
+    if ((panel + 1) * NR <= outputs && inputs % AHEAD == 0) {  // whole: 32 bits at a time, a cache line of each output
+        const T* from = weight + panel * NR * inputs;
+        T* to = packed + panel * NR * inputs;
+        for (int64_t k = 0; k < inputs; k += AHEAD)
+            for (int64_t n = 0; n < NR; n++)
+                for (int64_t i = k; i < k + AHEAD; i += PAIR) std::memcpy(to + i * NR + n * PAIR, from + n * inputs + i, 4);
+        return;
+    }
     pack(inputs, sizeof(T), panel, [&](int64_t n, int64_t k, int64_t place) {
         packed[place] = n < outputs && k < inputs ? weight[n * inputs + k] : T(0);
     });
