@@ -240,7 +240,7 @@ class Scheduler:
     def _fits(self, batch: ScheduledBatch, request: Request) -> bool:
         """True where the request can be admitted now. One that is alone always can, and shows then what it lacks.
 
-        What was swapped out comes back whole; where it lacks the room even alone, its host blocks are given up.
+        What was swapped out comes back whole. It had its blocks on the device before, so alone it has room for them.
         """
         if not request.swapped:
             return not self.running or self._blocks_to_catch_up(request) <= self.pool.num_available
@@ -250,9 +250,6 @@ class Scheduler:
         rows, needed = len(request.active), blocks + len(request.active)
         if needed <= self.pool.num_available:
             return batch.num_tokens + rows <= self.max_num_batched_tokens
-        if not self.running:
-            for sequence in request.sequences:
-                sequence.rewind()
         return not self.running
 
     def _start(self, request: Request) -> None:

@@ -253,8 +253,8 @@ MUTATIONS = [
     Mutation(
         "swapped out and too large to come back",
         SCHEDULER,
-        "            for sequence in request.sequences:\n                sequence.rewind()\n        return not self.running",
-        "            pass\n        return not self.running",
+        "        return not self.running\n",
+        "        return False\n",
     ),
     Mutation(
         "swapped out is admitted as if it were new",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pagedllm_core import LLM
+from pagedllm_core.batch import ScheduledBatch
 from pagedllm_core.engine import Engine
 from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.kv.offload import Line, PreemptionCosts
@@ -43,6 +44,27 @@ def prompts(count: int) -> list[list[int]]:
 
 def computed(runner: FakeRunner) -> int:
     return sum(len(batch.token_ids) for batch in runner.batches)
+
+
+def swap_out_now(engine: Engine, request_id: str) -> None:
+    """Preempt a running request between two steps, so that a test chooses who is swapped out and when."""
+    batch = ScheduledBatch()
+    engine.scheduler.preempt(engine._requests[request_id], batch)
+    engine._move_blocks(batch)
+    assert engine.stats().swapped == 1
+
+
+def watch_swap_in(runner: FakeRunner) -> list[int]:
+    """How many blocks each later copy to the device moves."""
+    counts: list[int] = []
+    swap_in = runner.swap_in
+
+    def watched(moves: list[tuple[int, int]]) -> None:
+        counts.append(len(moves))
+        swap_in(moves)
+
+    runner.swap_in = watched  # type: ignore[method-assign]
+    return counts
 
 
 @pytest.mark.parametrize("caching", [True, False])
@@ -118,18 +140,90 @@ def test_groups_move_together_and_stay_shared(
 
 
 def test_a_swapped_in_block_is_shared_with_what_the_cache_still_has() -> None:
-    engine, _ = swapping_engine(Always, blocks=14)
+    engine, runner = swapping_engine(Always, blocks=14)
     prefix = list(range(1, 13))  # three full blocks
     for number in range(3):
         engine.add([*prefix, 20 + number], GREEDY, request_id=str(number))
-    moves: list[int] = []
-    swap_in = engine.runner.swap_in
-    engine.runner.swap_in = lambda pairs: (moves.append(len(pairs)), swap_in(pairs))  # type: ignore[func-returns-value, method-assign, misc]
+    moves = watch_swap_in(runner)
     outputs = run_all(engine)
     for number in range(3):
         assert outputs[str(number)].outputs[0].token_ids == expected_greedy([*prefix, 20 + number], 24, VOCAB)
     assert moves
     assert max(moves) <= 10 - 3, "the prefix is still on the device and is not copied"
+
+
+def test_a_partial_block_that_forks_share_is_swapped_in_once() -> None:
+    """Nobody finds it by its content, so only what the request's sequences shared in host memory says so."""
+    engine, runner = swapping_engine(Always)
+    params = SamplingParams(n=4, temperature=0.8, seed=3, max_tokens=8)
+    engine.add([1, 2, 3, 4, 5, 6], params, request_id="group")
+    engine.step()  # the forks share a full block and a partial one, and none has written yet
+    swap_out_now(engine, "group")
+    moves = watch_swap_in(runner)
+    engine.step()
+    assert moves == [1], "the device still has the full block"
+    assert engine.stats().kv_blocks_used == 1 + 4
+    run_all(engine)
+
+
+def test_what_was_swapped_in_is_found_by_later_requests() -> None:
+    """The device's own copies are gone: the blocks that came back are full ones to seal and one to fill first."""
+    engine, _ = swapping_engine(Always)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    engine.add(prompt, GREEDY, request_id="0")
+    engine.step()
+    swap_out_now(engine, "0")
+    for block in [engine.pool.allocate() for _ in range(engine.pool.total)]:
+        engine.pool.release(block)
+    assert engine.stats().kv_blocks_cached == 0
+    run_all(engine)
+    known = [*prompt, *expected_greedy(prompt, 24, VOCAB)]
+    engine.add(known, SamplingParams(temperature=0, max_tokens=1), request_id="1")
+    assert run_all(engine)["1"].metrics.cached_tokens == (len(known) - 1) // 4 * 4
+
+
+def test_what_comes_back_keeps_to_the_token_budget() -> None:
+    """A group takes its steps together: it waits where a more urgent prompt leaves it too few tokens."""
+    engine, runner = swapping_engine(Always, blocks=40, scheduling_policy="priority")
+    params = SamplingParams(n=4, temperature=0.8, seed=3, max_tokens=8)
+    engine.add(prompts(1)[0], params, request_id="group", priority=1)
+    engine.step()
+    swap_out_now(engine, "group")
+    engine.add(list(range(30)), GREEDY, request_id="urgent", priority=0)
+    engine.step()
+    assert len(runner.batches[-1].token_ids) == 30
+    assert engine.stats().swapped == 1
+    run_all(engine)
+    assert max(len(batch.token_ids) for batch in runner.batches) <= 32
+
+
+def test_what_lacks_the_room_it_might_need_goes_on_when_it_is_alone() -> None:
+    """Two blocks and one more for each of four forks are six, but one fork may write where all read."""
+
+    def answers(blocks: int) -> list[list[int]]:
+        engine, _ = swapping_engine(Always, blocks=blocks)
+        params = SamplingParams(n=4, temperature=0.8, seed=3, max_tokens=3)
+        engine.add([1, 2, 3, 4, 5, 6], params, request_id="group", stream=False)
+        engine.step()
+        swap_out_now(engine, "group")
+        engine.step()
+        assert engine.stats().running == 1
+        output = run_all(engine)["group"]
+        assert engine.scheduler.swap.pool.num_used == 0
+        return [part.token_ids for part in output.outputs]
+
+    assert answers(blocks=5) == answers(blocks=40)
+
+
+def test_a_resumed_prompt_that_finds_itself_counts_as_no_hit() -> None:
+    """Hits are what the cache spared a new request; a request's own work found again would make it look useful."""
+    engine, _ = swapping_engine(Never, blocks=20)
+    engine.add(list(range(40)), GREEDY, request_id="0")
+    engine.step()  # 32 of the 40 tokens
+    engine.scheduler.preempt(engine._requests["0"])
+    output = run_all(engine)["0"]
+    assert engine.stats().tokens_prefilled == 40, "its blocks were found again"
+    assert output.metrics.cached_tokens == engine.stats().prefix_cache_hits == 0
 
 
 def test_a_failed_step_loses_what_it_was_to_swap_out() -> None:
@@ -167,6 +261,28 @@ def test_a_forward_pass_that_fails_after_swapping_out() -> None:
     runner.before_run = fail_once
     outputs = run_all(engine)
     assert state["failed"]
+    for number, prompt in enumerate(prompts(6)):
+        assert outputs[str(number)].outputs[0].token_ids == expected_greedy(prompt, 24, VOCAB)
+
+
+def test_a_later_failure_loses_nothing_that_was_swapped_out() -> None:
+    """Once the step that copies a request out has succeeded, its host blocks depend on no other step."""
+    engine, runner = swapping_engine(Always)
+    for number, prompt in enumerate(prompts(6)):
+        engine.add(prompt, GREEDY, request_id=str(number), stream=False)
+    while not engine.stats().swapped:
+        engine.step()
+    swapped = [request for request in engine.scheduler.waiting if request.swapped]
+
+    def fail_once(batch: Any) -> None:
+        runner.before_run = lambda batch: None
+        raise RuntimeError("device lost its mind")
+
+    runner.before_run = fail_once
+    engine.step()
+    assert runner.before_run is not fail_once
+    assert all(request.swapped for request in swapped)
+    outputs = run_all(engine)
     for number, prompt in enumerate(prompts(6)):
         assert outputs[str(number)].outputs[0].token_ids == expected_greedy(prompt, 24, VOCAB)
 
