@@ -1,60 +1,58 @@
-"""Five workloads on two model shapes: PagedLLM against `transformers` in one process, interleaved.
+"""Five workloads on two model shapes: PagedLLM against what its users would pick instead, interleaved in one run.
 
-    python benchmarks/compare.py --shape 10m --threads 2 --output benchmarks/results/cpu_10m.md
-    python benchmarks/compare.py --shape 0.5b --threads 1 --output benchmarks/results/cpu_0.5b.md
+    python benchmarks/compare.py --shape 10m --threads 2 --output benchmarks/results/cpu_10m
+    python benchmarks/compare.py --shape 0.5b --threads 1 --int8 --peer openvino=/envs/openvino/bin/python
 
-Both read the same random weights. Prompts are token ids, decoding is greedy, end tokens are ignored. Each repeat runs
-every system once, in an order that rotates, on prompts that nobody has seen; ratios are taken within a repeat.
+Always there: PagedLLM and transformers (`generate` on a padded batch and one at a time, continuous batching). Others
+run in an environment that the caller names: `--peer NAME=PYTHON` starts `benchmarks/peers/NAME.py` with that Python.
+Each system is a process of its own that answers workloads line by line. All read the same random weights. Prompts are
+token ids, decoding is greedy, end tokens are ignored. Each repeat runs every system once, in an order that rotates, on
+prompts that nobody has seen; ratios are taken within a repeat.
 
     W1  8 requests at once, lognormal lengths, about 96 tokens in and 24 out
     W2  6 requests at once that share 512 tokens, 32 more in, 12 out
     W3  a single stream, 128 in and 16 out
     W4  2 requests with 4 beams, 32 in and 12 out
     W5  6 requests that come at 0.7 a second, 64 in and 16 out: median latency, and time to the first token
-
-The padded batch of W5 takes, whenever it is free, all requests that have come.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
-from transformers.generation.streamers import BaseStreamer
 
-import pagedllm_core
-from pagedllm_core.config import EngineConfig
-from pagedllm_core.engine import Engine
-from pagedllm_core.params import SamplingParams
-
-SHAPES: dict[str, tuple[Any, torch.dtype]] = {
+PEERS = Path(__file__).resolve().parent / "peers"
+BASE = "generate"
+SHAPES: dict[str, tuple[Any, str]] = {
     "10m": (
         LlamaConfig(
             hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=8000, max_position_embeddings=4096, tie_word_embeddings=False,
         ),
-        torch.float32,
+        "float32",
     ),
     "0.5b": (
         Qwen2Config(
             hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
             num_key_value_heads=2, vocab_size=151_936, max_position_embeddings=4096, tie_word_embeddings=True,
         ),
-        torch.bfloat16,
+        "bfloat16",
     ),
 }  # fmt: skip
 
@@ -67,15 +65,6 @@ class Work:
     lengths: list[int]
     arrivals: list[float]
     beams: int = 1
-
-
-@dataclass
-class Times:
-    """Seconds: of the whole, of each request from its arrival to its end, and to its first token."""
-
-    total: float
-    latencies: list[float]
-    first: list[float]
 
 
 def workload(name: str, vocab: int, seed: int) -> Work:
@@ -101,81 +90,176 @@ def workload(name: str, vocab: int, seed: int) -> Work:
     return Work([tokens(64) for _ in range(6)], [16] * 6, arrivals)
 
 
-def serve_ours(engine: Engine, work: Work) -> Times:
-    """All requests through one engine, submitted when they come."""
-    waiting = list(range(len(work.prompts)))
-    times = Times(0.0, [0.0] * len(waiting), [0.0] * len(waiting))
+class System:
+    """A peer's process.
+
+    Args:
+        script: In `benchmarks/peers/`, without its ending.
+        python: The environment's Python.
+        folder: The model.
+        options: For the script.
+        threads: Threads it may compute with.
+
+    Attributes:
+        name: What it calls itself.
+        started_s: From its start until it was ready, imports and all.
+        results: The answers of a workload's repeats.
+    """
+
+    def __init__(self, script: str, python: str, folder: str, options: list[str], threads: int) -> None:
+        command = [python, str(PEERS / f"{script}.py"), folder, "--threads", str(threads), *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        environment["PYTHONPATH"] = str(PEERS.parents[1])
+        started = time.perf_counter()
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=environment,
+        )  # fmt: skip
+        self.script = script
+        self.name = str(self._read()["system"])
+        self.started_s = time.perf_counter() - started
+        self.results: list[dict[str, Any]] = []
+
+    def serve(self, work: Work) -> dict[str, Any]:
+        """Run one workload; the answer has `total`, `latencies` and `first` in seconds, or `unsupported`."""
+        if self._process.stdin is None:
+            raise RuntimeError("it has no input")
+        self._process.stdin.write(json.dumps(asdict(work)) + "\n")
+        self._process.stdin.flush()
+        answer = self._read()
+        if "tokens" in answer and answer["tokens"] != work.lengths:
+            raise RuntimeError(f"{self.name} gave {answer['tokens']} tokens instead of {work.lengths}")
+        return answer
+
+    def peak_memory(self) -> float:
+        """The most memory it held, GiB."""
+        status = Path(f"/proc/{self._process.pid}/status")
+        lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+        return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), float("nan"))
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            raise RuntimeError(f"{self._process.args!r} ended with status {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@dataclass
+class Roof:
+    """What one run measured of this machine: bytes a second from memory, float32 operations a second."""
+
+    bandwidth: float
+    operations: float
+
+    @classmethod
+    def measure(cls) -> Roof:
+        """With torch's present number of threads; the best of some tries."""
+        memory, square = torch.ones(1 << 28), torch.randn(2048, 2048)
+        bandwidth = max(memory.nbytes / seconds(lambda: memory.sum()) for _ in range(5))
+        operations = max(2 * 2048**3 / seconds(lambda: square @ square) for _ in range(5))
+        return cls(bandwidth, operations)
+
+    def least_seconds(self, work: Work, config: Any, weight_bytes: int) -> float:
+        """Less than any step loop can take: weights are read once a step, or multiplied, whichever takes longer.
+
+        Prompts share one step, and the head is computed for the rows that choose a token. int8 weights or bfloat16
+        instructions would have another roof.
+        """
+        hidden, inner = config.hidden_size, config.intermediate_size
+        kv = config.num_key_value_heads * hidden // config.num_attention_heads
+        layers = config.num_hidden_layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+        head = hidden * config.vocab_size
+        equal = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*work.prompts, strict=False))
+        shared = sum(1 for _ in equal) if len(work.prompts) > 1 else 0
+        prefill = sum(map(len, work.prompts)) - shared * (len(work.prompts) - 1)
+        total = 0.0
+        for step in range(max(work.lengths)):
+            chosen = sum(length > step for length in work.lengths) * (work.beams if step else 1)
+            rows = chosen if step else prefill
+            operations = 2 * (rows * layers + chosen * head)
+            total += max((layers + head) * weight_bytes / self.bandwidth, operations / self.operations)
+        return total
+
+
+def seconds(action: Any) -> float:
+    """How long it takes."""
     started = time.perf_counter()
-    while waiting or engine.has_unfinished:
-        now = time.perf_counter() - started
-        while waiting and work.arrivals[waiting[0]] <= now:
-            number = waiting.pop(0)
-            beams = {"use_beam_search": True, "n": work.beams} if work.beams > 1 else {}
-            params = SamplingParams(temperature=0, max_tokens=work.lengths[number], ignore_eos=True, **beams)
-            engine.add(work.prompts[number], params, request_id=str(number), stream=work.beams == 1)
-        if not engine.has_unfinished:
-            time.sleep(max(0.0, work.arrivals[waiting[0]] - (time.perf_counter() - started)))
+    action()
+    return time.perf_counter() - started
+
+
+def measure(name: str, systems: list[System], vocab: int, repeats: int) -> None:
+    """Run one workload on every system; the first round is not counted."""
+    for system in systems:
+        system.results = []
+    for repeat in range(-1, repeats):
+        for place in range(len(systems)):
+            system = systems[(repeat + place) % len(systems)]
+            answer = system.serve(workload(name, vocab, seed=1000 * int(name[1]) + repeat))
+            if repeat >= 0:
+                system.results.append(answer)
+
+
+def value(name: str, answer: dict[str, Any]) -> float:
+    """What is compared: the whole workload's seconds, for W5 the median latency."""
+    return float(statistics.median(answer["latencies"]) if name == "W5" else answer["total"])
+
+
+def rows(name: str, systems: list[System], roof: Roof, config: Any, weight_bytes: int) -> tuple[list[str], list[float]]:
+    """The table's lines for one workload, and each system's median ratio (0 where it cannot)."""
+    base = [value(name, answer) for answer in next(one for one in systems if one.script == BASE).results]
+    lines, medians = [], []
+    for system in systems:
+        if "unsupported" in system.results[0]:
+            lines.append(f"| {name} | {system.name} | – | {system.results[0]['unsupported']} | – | – |")
+            medians.append(0.0)
             continue
-        for output in engine.step():
-            number, now = int(output.request_id), time.perf_counter() - started
-            times.first[number] = times.first[number] or now - work.arrivals[number]
-            if output.finished:
-                times.latencies[number] = now - work.arrivals[number]
-    times.total = time.perf_counter() - started
-    return times
+        times = [value(name, answer) for answer in system.results]
+        ratios = [other / mine for mine, other in zip(times, base, strict=True)]
+        medians.append(statistics.median(ratios))
+        first = statistics.median(statistics.median(answer["first"]) for answer in system.results)
+        limits = [
+            roof.least_seconds(workload(name, config.vocab_size, 1000 * int(name[1]) + repeat), config, weight_bytes)
+            for repeat in range(len(times))
+        ]
+        share = statistics.median(limit / mine for limit, mine in zip(limits, times, strict=True))
+        lines.append(
+            f"| {name} | {system.name} | {statistics.median(times):.3f} | {medians[-1]:.2f} ({min(ratios):.2f} - "
+            f"{max(ratios):.2f}) | {first:.3f} | {'–' if name == 'W5' else f'{share:.0%}'} |"
+        )
+    return lines, medians
 
 
-class FirstToken(BaseStreamer):
-    """Notes when the first new token of a batch is there."""
+def draw(path: Path, title: str, names: list[str], workloads: list[str], ratios: dict[str, list[float]]) -> None:
+    """Bars: times faster than the padded batch, a group for each workload."""
+    import matplotlib
 
-    def __init__(self) -> None:
-        self.calls, self.at = 0, 0.0
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-    def put(self, value: Any) -> None:
-        self.calls += 1
-        if self.calls == 2:  # the first call is the prompt
-            self.at = time.perf_counter()
-
-    def end(self) -> None:
-        pass
-
-
-def generate(model: Any, work: Work, chosen: list[int]) -> float:
-    """One padded batch by `transformers`; returns when its first tokens were there."""
-    longest = max(len(work.prompts[number]) for number in chosen)
-    padding = [longest - len(work.prompts[number]) for number in chosen]
-    ids = torch.tensor([[0] * pad + work.prompts[number] for pad, number in zip(padding, chosen, strict=True)])
-    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
-    streamer = FirstToken() if len(chosen) == 1 and work.beams == 1 else None
-    settings: dict[str, Any] = {"num_beams": work.beams, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    model.generate(
-        ids, attention_mask=mask, max_new_tokens=max(work.lengths[number] for number in chosen), streamer=streamer,
-        **settings,
-    )  # fmt: skip
-    return streamer.at if streamer else 0.0
-
-
-def serve_generate(model: Any, work: Work, together: bool) -> Times:
-    """`generate` on all requests that have come, as a padded batch or one at a time."""
-    waiting = list(range(len(work.prompts)))
-    times = Times(0.0, [0.0] * len(waiting), [0.0] * len(waiting))
-    started = time.perf_counter()
-    while waiting:
-        now = time.perf_counter() - started
-        chosen = [number for number in waiting if work.arrivals[number] <= now]
-        if not chosen:
-            time.sleep(work.arrivals[waiting[0]] - now)
-            continue
-        chosen = chosen if together else chosen[:1]
-        first = generate(model, work, chosen)
-        for number in chosen:
-            waiting.remove(number)
-            end = time.perf_counter()
-            times.latencies[number] = end - started - work.arrivals[number]
-            # A padded batch hands everything out at its end.
-            times.first[number] = (first or end) - started - work.arrivals[number]
-    times.total = time.perf_counter() - started
-    return times
+    figure, axes = pyplot.subplots(figsize=(10, 4.5))
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
+        at = [group + (place - (len(names) - 1) / 2) * width for group in range(len(workloads))]
+        bars = axes.bar(at, [ratios[one][place] for one in workloads], width, label=name, color=f"C{place}")
+        axes.bar_label(bars, fmt=lambda height: f"{height:.1f}" if height else "", fontsize=6)
+    axes.axhline(1, color="black", linewidth=0.5)
+    axes.set_xticks(range(len(workloads)), workloads)
+    axes.set_ylabel("times faster than generate's padded batch")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -185,33 +269,63 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workloads", nargs="*", default=["W1", "W2", "W3", "W4", "W5"])
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--int8", action="store_true", help='also ours with quantization="int8"')
+    parser.add_argument("--alone", action="store_true", help="also `generate` one at a time")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=PYTHON", help="a script of benchmarks/peers"
+    )
+    parser.add_argument("--output", type=Path, help="the table as .md and the chart as .png")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config, dtype = SHAPES[arguments.shape]
+    here = sys.executable
+    wanted = [("pagedllm", here, []), (BASE, here, []), ("continuous", here, [])]
+    wanted += [("pagedllm", here, ["--int8"])] * arguments.int8 + [(BASE, here, ["--alone"])] * arguments.alone
+    wanted += [(name, python, []) for name, _, python in (peer.partition("=") for peer in arguments.peer)]
+    systems: list[System] = []
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         model.save_pretrained(folder)
-        fields: dict[str, Any] = {"num_threads": arguments.threads, "kv_cache_memory": "256MiB"}
-        engine = Engine(EngineConfig(model=folder, **fields))
-    systems: dict[str, Callable[[Work], Times]] = {
-        "PagedLLM": lambda work: serve_ours(engine, work),
-        "generate, padded batch": lambda work: serve_generate(model, work, together=True),
-        "generate, one at a time": lambda work: serve_generate(model, work, together=False),
-    }
-    lines = measure(arguments.workloads, systems, config.vocab_size, arguments.repeats)
-    head = (
-        f"# {arguments.shape} ({dtype}), {arguments.threads} threads, against transformers\n\n"
-        f"`benchmarks/compare.py`, {datetime.now(UTC):%Y-%m-%d}, {processor()}, {os.cpu_count()} cores, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, pagedllm-core "
-        f"{pagedllm_core.__version__}, fused: {getattr(engine.runner, 'is_fused', False)}, {arguments.repeats} "
-        "interleaved repeats, medians. `×` is times faster than the padded batch in the same repeat (for W5: its "
-        "median latency divided by this one), with the least and the most of the repeats.\n\n"
-    )
-    print(head + "\n".join(lines))
+        del model
+        try:
+            for script, python, options in wanted:
+                systems.append(System(script, python, folder, ["--dtype", dtype, *options], arguments.threads))
+                print(f"{systems[-1].name}: ready after {systems[-1].started_s:.1f} s", flush=True)
+            text, ratios = run(arguments, systems, config, dtype)
+        finally:
+            for system in systems:
+                system.close()
+    print(text)
     if arguments.output:
-        arguments.output.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+        arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+        title = f"{arguments.shape}, {dtype}, {arguments.threads} thread(s), {processor()}"
+        draw(arguments.output.with_suffix(".png"), title, [one.name for one in systems], arguments.workloads, ratios)
+
+
+def run(
+    arguments: argparse.Namespace, systems: list[System], config: Any, dtype: str
+) -> tuple[str, dict[str, list[float]]]:
+    """All workloads; the report, and the ratios by workload."""
+    roof, ratios = Roof.measure(), {}
+    lines = ["| | system | seconds | × | first token, s | of the roof |", "| --- | --- | ---: | --- | ---: | ---: |"]
+    for name in arguments.workloads:
+        measure(name, systems, config.vocab_size, arguments.repeats)
+        found, ratios[name] = rows(name, systems, roof, config, getattr(torch, dtype).itemsize)
+        print("\n".join(found), flush=True)
+        lines += found
+    lines += ["", "| system | ready after, s | most memory, GiB |", "| --- | ---: | ---: |"]
+    lines += [f"| {one.name} | {one.started_s:.1f} | {one.peak_memory():.2f} |" for one in systems]
+    head = (
+        f"# {arguments.shape} ({dtype}), {arguments.threads} thread(s), on a CPU\n\n"
+        f"`benchmarks/compare.py`, {datetime.now(UTC):%Y-%m-%d}, {processor()}, {os.cpu_count()} cores, torch "
+        f"{torch.__version__}, Python {platform.python_version()}, {arguments.repeats} interleaved repeats, medians. "
+        "`×` is times faster than `generate`'s padded batch in the same repeat (W5: its median latency divided by this "
+        "one), with the least and the most of the repeats. The roof is what this run measured: "
+        f"{roof.bandwidth / 1e9:.1f} GB/s from memory, {roof.operations / 1e9:.0f} GFLOP/s in float32, for weights in "
+        f"{dtype}.\n\n"
+    )
+    return head + "\n".join(lines) + "\n", ratios
 
 
 def processor() -> str:
@@ -219,33 +333,6 @@ def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor()
-
-
-def measure(names: list[str], systems: dict[str, Callable[[Work], Times]], vocab: int, repeats: int) -> list[str]:
-    """The table, a line per workload and system."""
-    lines = ["| | system | seconds | × | first token, s |", "| --- | --- | ---: | --- | ---: |"]
-    for name in names:
-        found: dict[str, list[Times]] = {system: [] for system in systems}
-        for repeat in range(-1, repeats):  # the first is not counted
-            order = list(systems)
-            for place in range(len(order)):
-                system = order[(repeat + place) % len(order)]
-                times = systems[system](workload(name, vocab, seed=repeat))
-                if repeat >= 0:
-                    found[system].append(times)
-        value: Callable[[Times], float] = (
-            (lambda one: statistics.median(one.latencies)) if name == "W5" else (lambda one: one.total)
-        )
-        base = [value(one) for one in found["generate, padded batch"]]
-        for system, all_times in found.items():
-            ratios = [other / value(one) for one, other in zip(all_times, base, strict=True)]
-            first = statistics.median(statistics.median(one.first) for one in all_times)
-            lines.append(
-                f"| {name} | {system} | {statistics.median(map(value, all_times)):.3f} | "
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}) | {first:.3f} |"
-            )
-        print("\n".join(lines[-len(systems) :]), flush=True)
-    return lines
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ class FusedDecoder:
     """
 
     def __init__(self, parts: _Parts, probed: list[ProbedLayer], library: ctypes.CDLL, int8: bool = False) -> None:
-        self._library, self._probed, self._rotary, self._int8 = library, probed, parts.rotary, int8
+        self._library, self._rotary, self._int8 = library, parts.rotary, int8
+        self._attention = [(layer.spec, layer.geometry) for layer in probed]  # not their modules: those hold the file
         self._held: list[Any] = []  # what the structures point to
         self._rotations = (torch.empty(0, 0), torch.empty(0, 0))
         self._layers = (LayerStruct * len(parts.layers))()
@@ -85,7 +86,7 @@ class FusedDecoder:
             struct.gate_up, struct.down = self._pack(layer.gate_up), self._pack([layer.down])
             struct.input_norm, struct.post_norm = self._floats(layer.input_norm), self._floats(layer.post_norm)
             struct.q_norm, struct.k_norm = self._floats(layer.q_norm), self._floats(layer.k_norm)
-        embedding = parts.embedding.detach()
+        embedding = parts.embedding.detach().clone()  # the weights' file, which it may be mapped from, is let go
         self._held.append(embedding)
         self.vocab_size = parts.head.out_features
         head = self._pack([parts.head], keep=parts.head.weight is parts.embedding)
@@ -116,16 +117,15 @@ class FusedDecoder:
     def _floats(self, values: torch.Tensor | None) -> int | None:
         if values is None:
             return None
-        self._held.append(values.detach().float().contiguous())
+        self._held.append(values.detach().to(torch.float32, copy=True).contiguous())
         return int(self._held[-1].data_ptr())
 
     def bind(self, storage: KVStorage) -> None:
         """Read and write this storage from now on."""
         self._storage = storage  # the structures point into it
-        for struct, layer in zip(self._layers, self._probed, strict=True):
-            width = layer.geometry.head_dim
-            heads = struct.qkv.outputs // width - 2 * layer.geometry.kv_heads
-            struct.attention = describe_attention(storage.layer(layer.spec.kv_group), heads, layer.spec, None)
+        for struct, (spec, geometry) in zip(self._layers, self._attention, strict=True):
+            heads = struct.qkv.outputs // geometry.head_dim - 2 * geometry.kv_heads
+            struct.attention = describe_attention(storage.layer(spec.kv_group), heads, spec, None)
 
     @torch.inference_mode()
     def logits(self, batch: ForwardBatch) -> torch.Tensor:

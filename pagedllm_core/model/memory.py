@@ -1,9 +1,13 @@
-"""How much memory the machine has left for a pool in host memory."""
+"""How much memory the machine has left for a pool in host memory, and giving back what is not needed."""
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 from pathlib import Path
+
+logger = logging.getLogger("pagedllm.model")
 
 
 def available_memory() -> int:
@@ -34,3 +38,11 @@ def _container_available(folder: Path) -> int:
         return max(0, int(limit) - int(used))
     except (OSError, ValueError):  # no cgroup, or limit "max"
         return 1 << 62
+
+
+def give_back_memory() -> None:
+    """Hand freed memory back to the system: after loading, glibc keeps hundreds of megabytes that nobody will use."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # another C library, or Windows
+        logger.debug("freed memory stays with the allocator here")

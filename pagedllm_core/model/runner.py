@@ -21,7 +21,7 @@ from pagedllm_core.model.determinism import shapes_that_differ
 from pagedllm_core.model.fuse import fuse
 from pagedllm_core.model.hf import Layer, PagedContext, RaggedModel
 from pagedllm_core.model.loader import LoadedModel, load_model
-from pagedllm_core.model.memory import available_memory
+from pagedllm_core.model.memory import available_memory, give_back_memory
 from pagedllm_core.model.probe import ProbedLayer, probe_layers
 from pagedllm_core.native.library import load, tier
 
@@ -102,6 +102,8 @@ class ModelRunner:
         if config.deterministic:
             self._check_determinism()
         self._layers = {} if self._fused else self._serve(layers, self._storage)
+        del layers
+        give_back_memory()
         logger.info(
             "%s on %s in %s: %d blocks of %d tokens (%.1f MiB); %s",
             self.model_name, self.device, self.dtype, self.num_blocks, self.block_size, self._storage.nbytes / 2**20,

@@ -137,7 +137,7 @@ class PackedLinear:
         kind = 1 if int8 else weight.dtype.itemsize
         weight = weight.detach().contiguous()
         self._data = aligned(library.packed_size(outputs, inputs, kind), torch.uint8)
-        self._bias = None if bias is None else bias.detach().float().contiguous()
+        self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
         self._scales = torch.empty(outputs if int8 else 0)
         library.pack_weight(
             weight.data_ptr(), outputs, inputs, weight.dtype.itemsize, kind, self._data.data_ptr(),
