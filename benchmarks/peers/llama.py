@@ -18,7 +18,7 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
-from protocol import Peer, Progress, Unsupported, arguments, run
+from protocol import Peer, Progress, Unsupported, apart, arguments, run
 
 CONTEXT, SEQUENCES, BATCH = 4096, 8, 2048
 
@@ -196,7 +196,7 @@ def main() -> None:
     def load() -> Peer:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
-            convert(options.folder, path, options.dtype)
+            apart(convert, options.folder, path, options.dtype)
             return Llama(path, options.threads, options.dtype)
 
     run(load)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from protocol import Peer, Progress, arguments, run  # first: it makes the real `openvino` importable
+from protocol import Peer, Progress, apart, arguments, run  # first: it makes the real `openvino` importable
 
 import openvino  # isort: skip
 import openvino_genai
@@ -91,7 +91,7 @@ def main() -> None:
 
     def load() -> Peer:
         with tempfile.TemporaryDirectory() as folder:
-            export(options.folder, Path(folder), options.dtype)
+            apart(export, options.folder, Path(folder), options.dtype)
             return OpenVINO(Path(folder), options.threads, options.dtype)
 
     run(load)

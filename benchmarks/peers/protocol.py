@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -101,6 +102,15 @@ def arguments(description: str | None, **flags: bool) -> argparse.Namespace:
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true")
     return parser.parse_args()
+
+
+def apart(function: Callable[..., None], *values: Any) -> None:
+    """Calls it in a child process: the memory that a conversion takes is not the peer's."""
+    child = multiprocessing.get_context("fork").Process(target=function, args=values)
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"{function.__name__} ended with status {child.exitcode}")
 
 
 def run(load: Callable[[], Peer]) -> None:
