@@ -80,10 +80,7 @@ class Mailbox:
             callbacks = self._callbacks if self.finished else []
             self._condition.notify_all()
         for callback in callbacks:
-            try:
-                callback()
-            except Exception:
-                logger.exception("a done callback raised")
+            _call(callback)
         return waiters
 
     def take(self) -> RequestOutput | None:
@@ -139,10 +136,18 @@ class Mailbox:
             if not self.finished:
                 self._callbacks.append(callback)
                 return
-        callback()
+        _call(callback)
 
     def _has_news(self, whole: bool) -> bool:
         return self.finished or (not whole and self._read < len(self._deltas))
+
+
+def _call(callback: Callable[[], None]) -> None:
+    """Call it; what it raises is its owner's, as with `concurrent.futures`."""
+    try:
+        callback()
+    except Exception:
+        logger.exception("a done callback raised")
 
 
 def wake(waiters: Iterable[Waiter]) -> None:

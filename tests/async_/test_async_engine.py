@@ -329,6 +329,7 @@ def test_a_done_callback_that_raises_hurts_nobody(engine: AsyncEngine) -> None:
     handles = [engine.submit([number], SamplingParams(max_tokens=8)) for number in range(2)]
     handles[0].add_done_callback(broken)
     assert all(handle.result().finished for handle in handles)
+    handles[1].add_done_callback(broken)  # at once, as it has ended
     assert engine.health()
 
 
