@@ -29,12 +29,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers.protocol import Work
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 PEERS = Path(__file__).resolve().parent / "peers"
@@ -55,16 +57,6 @@ SHAPES: dict[str, tuple[Any, str]] = {
         "bfloat16",
     ),
 }  # fmt: skip
-
-
-@dataclass
-class Work:
-    """One workload: prompts, output lengths, and when each request comes (seconds)."""
-
-    prompts: list[list[int]]
-    lengths: list[int]
-    arrivals: list[float]
-    beams: int = 1
 
 
 def workload(name: str, vocab: int, seed: int) -> Work:
@@ -191,7 +183,7 @@ class Roof:
         return total
 
 
-def seconds(action: Any) -> float:
+def seconds(action: Callable[[], Any]) -> float:
     """How long it takes."""
     started = time.perf_counter()
     action()

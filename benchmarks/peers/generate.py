@@ -51,7 +51,7 @@ class Generate:
 
 def main() -> None:
     """Command line."""
-    options = arguments(__doc__, alone=True)
+    options = arguments(__doc__, "alone")
     run(lambda: Generate(str(options.folder), options.threads, options.dtype, options.alone))
 
 

@@ -39,7 +39,7 @@ class PagedLLM:
 
 def main() -> None:
     """Command line."""
-    options = arguments(__doc__, int8=True)
+    options = arguments(__doc__, "int8")
     run(lambda: PagedLLM(str(options.folder), options.threads, options.dtype, options.int8))
 
 

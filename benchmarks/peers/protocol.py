@@ -93,7 +93,7 @@ def serve(peer: Peer, work: Work) -> dict[str, Any]:
     return answer | ({"ids": tokens} if work.ids else {})
 
 
-def arguments(description: str | None, **flags: bool) -> argparse.Namespace:
+def arguments(description: str | None, *flags: str) -> argparse.Namespace:
     """The command line that all scripts have: `folder`, `threads` and `dtype`, and a script's own flags."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a Hugging Face model: config.json and safetensors")

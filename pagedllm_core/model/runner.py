@@ -32,8 +32,8 @@ _DEFAULT_SHARE = 0.4
 _DEFAULT_SWAP = 4 << 30
 _WORTH_A_THREAD = 256 << 20  # bytes of weights
 _ONLY_FUSED = (
-    "{}: {!r} runs on torch here{}; use a model that the native code runs whole (Llama, Mistral, Qwen2, Qwen3, Phi-3) "
-    "on a CPU with AVX2, with float32 or bfloat16, or leave {} out"
+    "{field}={value!r}: {model!r} runs on torch here; use a model that the native code runs whole (Llama, Mistral, "
+    "Qwen2, Qwen3, Phi-3) on a CPU with AVX2, with float32 or bfloat16, or leave {field} out"
 )
 
 
@@ -81,7 +81,7 @@ class ModelRunner:
             if self._fused is None:
                 layers = probe()
         if int8 and self._fused is None:
-            raise UnsupportedModelError(_ONLY_FUSED.format("quantization='int8'", loaded.name, "", "quantization"))
+            raise UnsupportedModelError(_ONLY_FUSED.format(field="quantization", value="int8", model=loaded.name))
         self.max_model_len = loaded.max_model_len
         self.block_size = config.block_size
         self.eos_token_ids = loaded.eos_token_ids
@@ -102,7 +102,6 @@ class ModelRunner:
         if config.deterministic:
             self._check_determinism()
         self._layers = {} if self._fused else self._serve(layers, self._storage)
-        del layers
         give_back_memory()
         logger.info(
             "%s on %s in %s: %d blocks of %d tokens (%.1f MiB); %s",
@@ -163,8 +162,7 @@ class ModelRunner:
             UnsupportedModelError: This model on this machine is not deterministic.
         """
         if self._fused is None:
-            why = ", whose results depend on the batch"
-            raise UnsupportedModelError(_ONLY_FUSED.format("deterministic=True", self.model_name, why, "deterministic"))
+            raise UnsupportedModelError(_ONLY_FUSED.format(field="deterministic", value=True, model=self.model_name))
         with self._threads():
             different = shapes_that_differ(self._fused.logits, self.vocab_size, self.num_blocks, self.block_size)
         if different:

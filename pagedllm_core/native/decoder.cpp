@@ -614,9 +614,9 @@ void embed(const Decoder& d, int64_t token, float* x) {
         widen(static_cast<const float*>(d.embedding) + token * d.hidden, 1, d.hidden, d.hidden, x);
 }
 
-// One panel; `put(output, input, place)` writes a weight, or nothing where `output` or `input` is beyond the last.
-template <class Put>
-void pack(int64_t inputs, int64_t type, int64_t panel, Put write) {
+// One panel; `write(output, input, place)` is called for its padding, too, beyond the last output and input.
+template <class Write>
+void pack(int64_t inputs, int64_t type, int64_t panel, Write write) {
     const int64_t padded = padded_inputs(inputs, type), pair = 4 / type;
     for (int64_t k = 0; k < padded; k++)
         for (int64_t n = 0; n < NR; n++)
