@@ -33,6 +33,8 @@ class Dialogue:
 class ContextTasks:
     """Builds question dialogues over documents of the fact bank and of the random grammar."""
 
+    unknown_share = 0.11
+
     def __init__(self, files: tuple[str, ...] = FACT_FILES) -> None:
         self.domains: dict[str, list[Block]] = load(*files)
         self.names = list(self.domains)
@@ -77,14 +79,45 @@ class ContextTasks:
 
     def unknown(self, facts: list[Fact], rng: Rng) -> str:
         """A question that the document does not answer."""
-        present = set().union(*(stems(fact.sentence) for fact in facts))
+        present = [stems(fact.sentence) for fact in facts]
+        keys = {fact.key for fact in facts}
+        near = rng.random() < 0.4  # a word in common with a sentence, though not enough to be answered by it
         for _ in range(20):
             block = rng.choice(self.domains[rng.choice(self.names)])
             fact = random_fact(rng) if rng.random() < 0.3 else instantiate(block, {}, rng)
             question = rng.choice(fact.questions)
-            if stems(question) and not stems(question) & present:
-                return question
+            asked = stems(question)
+            shared = max(len(asked & words) for words in present)
+            if len(asked) > 1 and fact.key not in keys and (shared == 1 and len(asked) > 2 if near else shared == 0):
+                return decorate(question, rng)
         return "Who invented the telescope?"
+
+    def leaflets(self, rng: Rng, most: int = 12) -> Dialogue:
+        """Several titled leaflets in one context, and questions each of which one of them answers."""
+        count = rng.randint(3, most)
+        label = rng.choice(["Leaflet", "Document", "Page", "Source", "Sheet", "Text"])
+        parts, facts = [], []
+        for number in range(1, count + 1):
+            own, text = self.document(rng, rng.randint(2, 4))
+            facts += own
+            head = rng.choice(
+                [f"{label} {number}", f"[{number}]", f"{label} {number}: {title(rng)}", f"## {title(rng)}"]
+            )
+            parts.append(f"{head}\n{text}")
+        pairs: list[tuple[str, str]] = []
+        for index in rng.sample(range(len(facts)), min(len(facts), 9)):
+            sentence = facts[index].sentence
+            if sum(sentence in part for part in parts) != 1:
+                continue
+            if rng.random() < 0.12:
+                pairs.append((self.unknown(facts, rng), UNKNOWN))
+            question = self.question(facts, index, rng)
+            if all(question != asked for asked, _ in pairs):
+                pairs.append((question, sentence))
+        if not pairs:
+            return self.leaflets(rng, most)
+        messages = frame("\n\n".join(parts), pairs, rng)
+        return Dialogue("leaflets", messages, questions=[pair for pair in pairs if pair[1] != UNKNOWN])
 
     def qa(self, rng: Rng, size: float = 1.0) -> Dialogue:
         """A document followed by questions in successive turns, or with the question first."""
@@ -96,7 +129,7 @@ class ContextTasks:
         order = [index for _ in range(3) for index in rng.sample(range(len(facts)), len(facts))][:turns]
         pairs: list[tuple[str, str]] = []
         for index in order:
-            if rng.random() < 0.035:
+            if rng.random() < self.unknown_share:
                 pairs.append((self.unknown(facts, rng), UNKNOWN))
                 continue
             question = self.question(facts, index, rng)

@@ -7,28 +7,31 @@ import re
 from collections.abc import Iterator
 
 from .context_tasks import ContextTasks, Dialogue, lookup, recite
-from .other_tasks import ToolMaker, extraction, memory, repeat, talk
+from .json_tasks import extraction
+from .other_tasks import ToolMaker, memory, repeat, talk
 
 # share of each task at the beginning and from a quarter of the training on
 EARLY = {
-    "context": 0.30,
+    "context": 0.28,
+    "leaflets": 0.0,
     "lookup": 0.20,
     "recite": 0.17,
     "tools": 0.06,
-    "json": 0.06,
+    "json": 0.08,
     "memory": 0.03,
     "talk": 0.02,
     "repeat": 0.16,
 }
 LATE = {
-    "context": 0.58,
-    "lookup": 0.05,
-    "recite": 0.10,
-    "tools": 0.12,
-    "json": 0.07,
-    "memory": 0.04,
-    "talk": 0.02,
-    "repeat": 0.02,
+    "context": 0.25,
+    "leaflets": 0.05,
+    "lookup": 0.03,
+    "recite": 0.03,
+    "tools": 0.18,
+    "json": 0.28,
+    "memory": 0.08,
+    "talk": 0.03,
+    "repeat": 0.07,
 }
 
 
@@ -88,8 +91,17 @@ class Generator:
             return splice_words(dialogue, self.rng) if self.rng.random() < SPLICED else dialogue
         if task == "tools":
             return self.tools.calls(self.rng)
-        simple = {"lookup": lookup, "recite": recite, "memory": memory, "talk": talk, "repeat": repeat}
-        return extraction(self.rng) if task == "json" else simple[task](self.rng)
+        if task == "leaflets":
+            return self.context.leaflets(self.rng)
+        simple = {
+            "json": extraction,
+            "lookup": lookup,
+            "recite": recite,
+            "memory": memory,
+            "talk": talk,
+            "repeat": repeat,
+        }
+        return simple[task](self.rng)
 
     def stream(self, progress: float = 1.0) -> Iterator[Dialogue]:
         """Dialogues without end."""

@@ -1,4 +1,4 @@
-"""Dialogues without a document: tool calls, tool results, JSON extraction, memory and small talk."""
+"""Dialogues without a document: tool calls, tool results, memory, small talk and repetition."""
 
 # ruff: noqa: SIM905
 
@@ -44,9 +44,9 @@ def _parameters() -> list[tuple[str, str, Any, list[str]]]:
     text = "string"
     return [
         ("city", text, v.city, ["in {}", "for {}", "of {}"]),
-        ("location", text, v.city, ["in {}", "at {}", "for {}"]),
+        ("location", text, lambda r: v.region(r) if r.random() < 0.4 else v.city(r), ["in {}", "at {}", "for {}"]),
         ("name", text, v.name, ["for {}", "named {}", "with the name {}"]),
-        ("person", text, v.name, ["for {}", "of {}"]),
+        ("person", text, v.name, ["for {}", "of {}", "named '{}'", "called {}"]),
         ("date", text, v.date, ["on {}", "for {}"]),
         ("time", text, v.time, ["at {}"]),
         ("day", text, lambda r: r.choice(w.WEEKDAYS), ["on {}", "for {}"]),
@@ -55,7 +55,8 @@ def _parameters() -> list[tuple[str, str, Any, list[str]]]:
         ("email", text, v.email, ["to {}", "with the address {}"]),
         ("phone", text, v.phone, ["with phone {}", "to {}"]),
         ("colour", text, lambda r: r.choice(w.COLOURS), ["in {}", "with colour {}"]),
-        ("title", text, lambda r: capital(v.noun(r)), ["called {}", 'with the title "{}"']),
+        ("title", text, lambda r: capital(v.noun(r)), ["called {}", 'with the title "{}"', "called '{}'"]),
+        ("label", text, lambda r: v.foreign(r) if r.random() < 0.5 else v.name(r), ["named '{}'", "for '{}'", "{}"]),
         ("query", text, lambda r: f"{v.adjective(r)} {v.noun(r)}", ["for {}", 'for "{}"', "about {}"]),
         ("item", text, v.noun, ["for the {}", "of the {}"]),
         ("x", "integer", lambda r: r.randint(-20, 999), ["for {}", "of {}", "with x = {}"]),
@@ -110,8 +111,11 @@ class ToolMaker:
         return function if style == 2 else {"type": "function", "function": function}
 
     def arguments(self, tool: dict[str, Any], rng: Rng) -> dict[str, Any]:
-        """Random arguments for a tool."""
-        return {key: make(rng) for key, _, make, _ in tool["params"]}
+        """Random arguments for a tool; texts are now and then in letters of another script."""
+        return {
+            key: v.foreign(rng) if kind == "string" and rng.random() < 0.15 else make(rng)
+            for key, kind, make, _ in tool["params"]
+        }
 
     def request(self, tool: dict[str, Any], arguments: dict[str, Any], rng: Rng) -> str:
         """A user request that names all the arguments."""
@@ -144,10 +148,14 @@ class ToolMaker:
                 "I want the {t}",
                 "Show me the {t}",
                 "What's the {t}",
+                "{a} one {t}",
+                "How is the {t}",
+                "Could you {a} a new {t}",
+                "Let us {a} the {t}",
             ]
         )
         text = " ".join([start.format(a=tool["action"], t=tool["topic"]), *parts])
-        ending = "?" if start.startswith(("What", "Can")) else rng.choice([".", "", " please."])
+        ending = "?" if start.startswith(("What", "Can", "How", "Could")) else rng.choice([".", "", " please."])
         return capital(text) + ending
 
     @staticmethod
@@ -176,6 +184,22 @@ class ToolMaker:
         listing = ", ".join(f"{key}: {value}" for key, value in data.items())
         return dumps(data), capital(listing) + "."
 
+    def exchange(self, tools: list[dict[str, Any]], rng: Rng) -> list[Message]:
+        """A request for some calls, the calls in one turn, their results and the answer."""
+        arguments = [self.arguments(tool, rng) for tool in tools]
+        requests = [self.request(tool, one, rng) for tool, one in zip(tools, arguments, strict=True)]
+        calls = [
+            {"type": "function", "function": {"name": tool["name"], "arguments": one}}
+            for tool, one in zip(tools, arguments, strict=True)
+        ]
+        results = [self.result(tool, rng) for tool in tools]
+        return [
+            {"role": "user", "content": rng.choice([" ", " And ", "\n", " Then: "]).join(requests)},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            *({"role": "tool", "content": content} for content, _ in results),
+            {"role": "assistant", "content": " ".join(answer for _, answer in results)},
+        ]
+
     def calls(self, rng: Rng) -> Dialogue:
         """Tools, a request, the call, its result and the answer; sometimes a second request or plain talk."""
         tools = [self.tool(rng) for _ in range(rng.choice([1, 1, 2, 2, 3, 4]))]
@@ -188,102 +212,36 @@ class ToolMaker:
                 question, answer = rng.choice(TALK)
                 messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 continue
-            tool = rng.choice(tools)
-            arguments = self.arguments(tool, rng)
-            messages.append({"role": "user", "content": self.request(tool, arguments, rng)})
-            call = {"type": "function", "function": {"name": tool["name"], "arguments": arguments}}
-            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-            content, answer = self.result(tool, rng)
-            messages.append({"role": "tool", "content": content})
-            messages.append({"role": "assistant", "content": answer})
+            messages += self.exchange([rng.choice(tools) for _ in range(rng.choice([1, 1, 1, 1, 2]))], rng)
         schemas: list[Message] = [self.schema(tool, style, rng) for tool in tools]
         return Dialogue("tools", messages, schemas)
-
-
-_FIELDS: list[tuple[str, Any, list[str]]] = [
-    (
-        "name",
-        v.name,
-        ["{} wrote to us.", "The person is {}.", "My name is {}.", "{} called today.", "It was ordered by {}."],
-    ),
-    ("city", v.city, ["The person lives in {}.", "The office is in {}.", "I come from {}.", "It happened in {}."]),
-    (
-        "date",
-        v.date,
-        ["The visit was on {}.", "It took place on {}.", "The date is {}.", "Delivery is planned for {}."],
-    ),
-    ("time", v.time, ["It starts at {}.", "The call came at {}.", "We meet at {}."]),
-    ("price", v.price, ["It costs {}.", "The price is {}.", "We paid {} for it.", "The amount of {} is due."]),
-    ("phone", v.phone, ["The telephone number is {}.", "Call {} for details.", "Reach me at {}."]),
-    ("email", v.email, ["Write to {}.", "The address for mail is {}.", "Send the answer to {}."]),
-    ("colour", lambda r: r.choice(w.COLOURS), ["It is {}.", "The chosen colour is {}.", "They want it in {}."]),
-    ("code", v.code, ["The code is {}.", "It has the code {}.", "Please quote {}."]),
-    (
-        "product",
-        lambda r: f"{v.adjective(r)} {v.noun(r)}",
-        ["They want a {}.", "The order is for a {}.", "I bought a {}."],
-    ),
-    ("room", lambda r: str(r.randint(1, 400)), ["It is in room {}.", "The room is {}.", "Room {} is booked."]),
-    ("quantity", lambda r: r.randint(2, 90), ["There are {} of them.", "{} pieces were sent.", "The quantity is {}."]),
-    ("age", lambda r: r.randint(5, 95), ["The age is {}.", "{} years old.", "I am {} years old."]),
-    (
-        "company",
-        lambda r: v.pseudo(r, 2).capitalize() + " Ltd",
-        ["The company is {}.", "I work for {}.", "It is sold by {}."],
-    ),
-]
-_EXTRACT = [
-    "Extract {keys} as JSON.",
-    "Give me {keys} as a JSON object.",
-    "Return JSON with the keys {keys}.",
-    "Which {keys}? Answer in JSON.",
-    "Write {keys} of this text as JSON.",
-    "JSON with {keys}, please.",
-    "Fill a JSON object with {keys}.",
-]
-
-
-def made_field(rng: Rng, field: tuple[str, Any, list[str]]) -> tuple[str, Any, list[str]]:
-    """A field with a random key and the values of another one."""
-    key = v.pseudo(rng, 2) if rng.random() < 0.3 else rng.choice(w.NOUNS)
-    ways = [
-        f"The {key} is {{}}.",
-        f"The {key} of it is {{}}.",
-        f"{{}} is the {key}.",
-        f"As {key} they wrote {{}}.",
-        f"{key}: {{}}.",
-    ]
-    return f"{key}", field[1], ways
-
-
-def extraction(rng: Rng, fields: list[tuple[str, Any, list[str]]] = _FIELDS, asks: list[str] = _EXTRACT) -> Dialogue:
-    """A text and keys to be answered with a JSON object of the values, in the order of the keys."""
-    chosen = rng.sample(fields, rng.randint(2, 6))
-    if fields is _FIELDS:
-        chosen = [made_field(rng, field) if rng.random() < 0.4 else field for field in chosen]
-    values = {key: make(rng) for key, make, _ in chosen}
-    lines = [capital(rng.choice(ways).format(values[key])).replace("..", ".") for key, _, ways in chosen]
-    text = " ".join(lines) if rng.random() < 0.7 else "\n".join(f"{capital(k)}: {x}" for k, x in values.items())
-    messages: list[Message] = []
-    for turn in range(rng.choice([1, 2, 2, 3])):
-        keys = rng.sample(list(values), rng.randint(1, min(4, len(values))))
-        quoted = rng.random() < 0.3
-        listing = ", ".join(f'"{key}"' if quoted else key for key in keys)
-        if len(keys) > 1 and rng.random() < 0.4:
-            listing = " and ".join(listing.rsplit(", ", 1))
-        ask = rng.choice(asks).format(keys=listing)
-        head = rng.choice([f"{text}\n\n{ask}", f"{ask}\n\n{text}", f"{ask}\nText: {text}"])
-        messages.append({"role": "user", "content": head if turn == 0 else ask})
-        messages.append({"role": "assistant", "content": dumps({key: values[key] for key in keys})})
-    return Dialogue("json", messages)
 
 
 _MEMORY: list[tuple[str, Any, list[str], list[str], str]] = [
     (
         "name",
         v.first_name,
-        ["My name is {}.", "I am {}.", "Call me {}.", "Hello, I'm {}."],
-        ["What is my name?", "Who am I?", "Do you remember my name?"],
+        [
+            "My name is {}.",
+            "I am {}.",
+            "Call me {}.",
+            "Hello, I'm {}.",
+            "Hi, {} here.",
+            "Hello! My name is {}.",
+            "You may call me {}.",
+            "I'm called {}.",
+            "Good morning, I am {}!",
+        ],
+        [
+            "What is my name?",
+            "Who am I?",
+            "Do you remember my name?",
+            "What was my name?",
+            "Say my name.",
+            "What am I called?",
+            "Can you tell me my name?",
+            "How do I call myself?",
+        ],
         "Your name is {}.",
     ),
     (
@@ -333,9 +291,10 @@ _PLEASED = ["Nice to meet you, {}.", "Hello {}, nice to meet you."]
 
 
 def memory(rng: Rng) -> Dialogue:
-    """Facts about the user, small talk between, and questions that recall them."""
+    """Facts about the user, small talk between (of many turns now and then), and questions that recall them."""
     chosen = rng.sample(_MEMORY, rng.randint(1, 4))
-    values = {entry[0]: entry[1](rng) for entry in chosen}
+    long = rng.random() < 0.4
+    values = {entry[0]: v.foreign(rng) if rng.random() < 0.1 else entry[1](rng) for entry in chosen}
     messages: list[Message] = []
     if rng.random() < 0.4:
         messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
@@ -343,13 +302,21 @@ def memory(rng: Rng) -> Dialogue:
         messages.append({"role": "user", "content": rng.choice(tell).format(values[key])})
         answer = "Nice to meet you, {}." if key == "name" else "I will remember that."
         messages.append({"role": "assistant", "content": answer.format(values[key])})
-        if rng.random() < 0.4:
-            question, reply = rng.choice(TALK)
+        for _ in range(rng.randint(1, 4) if long else rng.choice([0, 0, 0, 1, 1])):
+            question, reply = rng.choice(TALK) if rng.random() < 0.6 else aside(rng)
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     for key, _, _, asks, reply in rng.sample(chosen, len(chosen)):
         messages.append({"role": "user", "content": rng.choice(asks)})
         messages.append({"role": "assistant", "content": reply.format(values[key])})
     return Dialogue("memory", messages)
+
+
+def aside(rng: Rng) -> tuple[str, str]:
+    """Something else that a conversation turns to: a sentence to keep in mind, or words to repeat."""
+    if rng.random() < 0.5:
+        return random_fact(rng).sentence, "I will remember that."
+    text = " ".join(v.noun(rng) for _ in range(rng.randint(1, 4)))
+    return f"{rng.choice(['Repeat: ', 'Say exactly: ', 'Echo: '])}{text}", text
 
 
 _TALK_TEXT = """
@@ -408,7 +375,9 @@ def repeat(rng: Rng) -> Dialogue:
     messages: list[Message] = []
     for _ in range(rng.randint(1, 4)):
         roll = rng.random()
-        if roll < 0.4:
+        if roll < 0.5:
+            text = " ".join(v.foreign(rng) for _ in range(rng.randint(1, 6)))
+        elif roll < 0.6:
             text = " ".join(random_fact(rng).sentence for _ in range(rng.choice([1, 1, 2, 3])))
         elif roll < 0.8:
             text = " ".join(rng.choice([v.pseudo(rng), v.noun(rng), v.name(rng)]) for _ in range(rng.randint(2, 16)))

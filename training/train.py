@@ -188,7 +188,7 @@ class Batches:
 
     def fill(self, progress: float) -> None:
         """Draws a pool of dialogues and cuts it, sorted by length, into batches."""
-        longest = 512 if progress < 0.55 else 640 if progress < 0.8 else 1024
+        longest = 512 if progress < 0.2 else 1024 if progress < 0.4 else 2048
         pool: list[Encoded] = []
         while sum(len(ids) for ids, _, _ in pool) < POOL_STEPS * self.tokens:
             item = self.encode(progress)

@@ -194,6 +194,48 @@ def city(rng: Rng) -> str:
     return rng.choice(w.CITIES) if rng.random() < 0.5 else pseudo(rng, 2).capitalize()
 
 
+# ranges of code points whose characters stand for themselves, without combining with their neighbours
+_SCRIPTS = [
+    ((0x4E00, 0x9FA5),),
+    ((0x4E00, 0x9FA5),),
+    ((0x3041, 0x3093), (0x4E00, 0x9FA5)),
+    ((0x30A1, 0x30F6), (0x30A1, 0x30F6), (0x4E00, 0x9FA5)),
+    ((0xAC00, 0xD7A3),),
+    ((0x0430, 0x044F),),
+    ((0x03B1, 0x03C9),),
+    ((0x0621, 0x063A),),
+    ((0x05D0, 0x05EA),),
+    ((0x00DF, 0x00F6), (0x00F8, 0x00FF), (0x0061, 0x007A), (0x0061, 0x007A)),
+    ((0x0101, 0x017E), (0x0061, 0x007A)),
+]
+
+
+def foreign(rng: Rng) -> str:
+    """A random word or two in the letters of another script."""
+    ranges = rng.choice(_SCRIPTS)
+    wide = ranges[0][0] > 0x3000
+
+    def word() -> str:
+        letters = (
+            chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(2, 6) if wide else rng.randint(3, 8))
+        )
+        return "".join(letters).capitalize()
+
+    roll = rng.random()
+    if roll < 0.5:
+        return word()
+    if roll < 0.75:
+        return f"{word()}{' ' if not wide or rng.random() < 0.5 else '・'}{word()}"
+    if roll < 0.85:
+        return f"{rng.choice([first_name(rng), pseudo(rng).capitalize()])} {word()}"
+    return f"{word()} {rng.choice(['Ltd', 'AG', 'GmbH', '有限', '会', last_name(rng)])}"
+
+
+def region(rng: Rng) -> str:
+    """A town with the two letters of its state."""
+    return f"{city(rng)}, {rng.choice('ABCDFGHIKLMNOPRSTUVWZ')}{rng.choice('ABCDEFHIKLMNORSTVXYZ')}"
+
+
 SLOTS: dict[str, Callable[[Rng], str]] = {
     "time": time,
     "price": price,
