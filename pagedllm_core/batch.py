@@ -34,6 +34,7 @@ class ScheduledBatch:
         swap_in: (host, device) blocks to copy next.
         copies: (source, destination) blocks to copy before the forward pass.
         exhausted: Requests that cannot grow although they have the pool to themselves.
+        forced: Tokens that a grammar left no choice about, added after the step without one of their own.
     """
 
     rows: list[ScheduledRow] = field(default_factory=list)
@@ -41,6 +42,7 @@ class ScheduledBatch:
     swap_in: list[tuple[int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     exhausted: list[Request] = field(default_factory=list)
+    forced: int = 0
 
     @property
     def num_tokens(self) -> int:

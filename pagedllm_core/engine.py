@@ -103,7 +103,10 @@ class Engine:
         request.metrics.prompt_tokens = len(request.prompt_token_ids)
         table = BlockTable(self.pool, self.config.block_size)
         tokens = request.prompt_token_ids.copy()
-        request.sequences = [Sequence(0, tokens, len(tokens), table, request.root_hash)]
+        sequence = Sequence(0, tokens, len(tokens), table, request.root_hash)
+        if request.grammar is not None:
+            sequence.guide = request.grammar.start(may_end=not request.params.ignore_eos)
+        request.sequences = [sequence]
         self.scheduler.add(request)
         self._requests[request.request_id] = request
         if request.deadline is not None:
@@ -187,7 +190,7 @@ class Engine:
         self.scheduler.commit()
         failures = advance(batch, logits)
         self.scheduler.swap.costs.step.add(batch.num_tokens, self._clock() - started)
-        self._generated += chosen
+        self._generated += chosen + batch.forced
         self._count(batch)
         for request, error in failures.items():
             self._fail(request, error)

@@ -18,6 +18,7 @@ import numpy as np
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.decode.beam import BeamRule, BeamState
 from pagedllm_core.decode.detokenize import Decode
+from pagedllm_core.decode.grammar import Grammar, GrammarCompiler
 from pagedllm_core.decode.processors import LogitsRules, takes_prompt
 from pagedllm_core.errors import CapacityError, ContextLengthError, InvalidRequestError
 from pagedllm_core.kv.hashing import root_hash
@@ -42,6 +43,7 @@ class Intake:
         self._runner = runner
         self._clock = clock
         self._numbers = itertools.count()
+        self.grammars = GrammarCompiler(runner.tokenizer, runner.vocab_size, tuple(runner.eos_token_ids))
         if runner.tokenizer is not None:
             runner.tokenizer("")  # the first call settles its truncation, which must not happen on two threads at once
 
@@ -83,6 +85,10 @@ class Intake:
             raise InvalidRequestError(f"n={params.n}, best_of={params.best_of}: {GREEDY_COPIES}")
         room = self._runner.max_model_len - len(token_ids)
         limit = max(1, room if params.max_tokens is None else min(params.max_tokens, room))
+        grammar = None
+        if params.guided is not None:
+            limit = min(limit, self._pool_room(len(token_ids), params.width))
+            grammar = self._grammar(params, limit)
         rules = self._rules(params, sampling)
         private = None if self._config.enable_prefix_caching else f"request {number}"
         return Request(
@@ -101,8 +107,27 @@ class Intake:
             share_key=_checked_share_key(share_key),
             stream=stream and params.best_of is None and not params.use_beam_search,
             beams=_beam_state(params, len(set(rules.end_token_ids)), limit) if params.use_beam_search else None,
+            grammar=grammar,
             prompt_logprobs=None if params.prompt_logprobs is None else [],
         )
+
+    def _grammar(self, params: SamplingParams, limit: int) -> Grammar | None:
+        """The compiled grammar, if its smallest output fits the budget."""
+        if params.guided is None:
+            return None
+        grammar = self.grammars.compile(params.guided)
+        if len(grammar.closing) > limit:
+            raise InvalidRequestError(
+                f"guided: the smallest output that satisfies it takes {len(grammar.closing)} tokens, but max_tokens, "
+                f"the context and the KV pool leave {limit}; raise max_tokens, or shorten the prompt or the schema"
+            )
+        return grammar
+
+    def _pool_room(self, prompt_tokens: int, width: int) -> int:
+        """Tokens that each sequence can generate with the pool to itself; a guided output may not be cut there."""
+        size = self._config.block_size
+        blocks = self._runner.num_blocks - prompt_tokens // size
+        return max(1, blocks // width * size - (prompt_tokens % size if width > 0 else 0))
 
     def _root_hash(self, salt: str | None, private: str | None) -> bytes:
         try:

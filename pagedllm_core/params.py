@@ -31,8 +31,8 @@ class GuidedParams(ValidatedModel):
 
     json: str | dict[str, Any] | None = Field(None, description="A JSON schema.")  # type: ignore[assignment]
     regex: str | None = Field(None, description="A regular expression.")
-    grammar: str | None = Field(None, description="A context-free grammar.")
-    choice: list[str] | None = Field(None, description="One of these strings.")
+    grammar: str | None = Field(None, description="A context-free grammar, in Lark's or in GBNF's notation.")
+    choice: list[str] | None = Field(None, min_length=1, description="One of these strings.")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> GuidedParams:
@@ -132,8 +132,9 @@ class SamplingParams(ValidatedModel):
             raise ValueError(f"min_tokens={self.min_tokens}: must not exceed max_tokens={self.max_tokens}")
         if self.use_beam_search:
             self._check_beams()
-        if self.guided is not None:
-            raise ValueError("guided: not supported yet; leave guided at its default")
+        if self.guided is not None and self.guided.grammar is None and (self.stop or self.stop_token_ids):
+            stop = self.stop or self.stop_token_ids
+            raise ValueError(f"stop={stop}: would cut a guided output, which ends by itself; leave stop out")
         return self
 
     def _check_beams(self) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from pagedllm_core.decode.beam import BeamState
 from pagedllm_core.decode.detokenize import Decode, Detokenizer
+from pagedllm_core.decode.grammar import Grammar
+from pagedllm_core.decode.guided import Guide
 from pagedllm_core.decode.processors import LogitsRules
 from pagedllm_core.kv.hashing import chain_hash
 from pagedllm_core.kv.table import BlockTable
@@ -41,6 +43,7 @@ class Sequence:
         self.cumulative_logprob = 0.0
         self.logprobs: list[dict[int, Logprob]] = []
         self.detokenizer: Detokenizer | None = None
+        self.guide: Guide | None = None
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.num_delivered = 0  # generated tokens already handed out
@@ -97,6 +100,7 @@ class Sequence:
         other.logprobs = self.logprobs.copy()
         other.num_delivered = self.num_delivered
         other.detokenizer = None if self.detokenizer is None else self.detokenizer.copy()
+        other.guide = None if self.guide is None else self.guide.copy()
         return other
 
     def rewind(self) -> None:
@@ -134,6 +138,7 @@ class Request:
         prompt_logprobs: Filled while the prompt is computed, where asked for.
         prompt_scored: True once they were handed out.
         beams: The state of its beam search, or None where it samples.
+        grammar: What its output is held to, or None.
         metrics: Times and counts.
     """
 
@@ -158,6 +163,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     prompt_scored: bool = False
     beams: BeamState[Sequence] | None = None
+    grammar: Grammar | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     @property

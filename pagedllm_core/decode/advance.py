@@ -9,12 +9,14 @@ import torch
 from pagedllm_core.batch import ScheduledBatch, wants_prompt_logprobs
 from pagedllm_core.decode.beam_step import advance_beams, conclude_early
 from pagedllm_core.decode.finish import finish_sequence, take_token
+from pagedllm_core.decode.guided import Guide, force, mask_logits
 from pagedllm_core.decode.logprobs import ScoredTokens, score_tokens
 from pagedllm_core.decode.sample import Draw, most_likely, sample
 from pagedllm_core.errors import NO_TOKEN, PagedLLMError, RequestFailedError, as_failure
 from pagedllm_core.request import Request, Sequence
 
 Failures = dict[Request, PagedLLMError]
+MAX_REJECTIONS = 16  # tokens that do not fit the budget of a guided output, before its closing is followed
 
 
 class Choice(NamedTuple):
@@ -40,7 +42,7 @@ def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
     failures: Failures = {}
     choices, beams = _collect(batch, logits, failures)
     if choices:
-        _advance_samples(choices, logits, failures)
+        _advance_samples(choices, logits, failures, batch)
     for request, rows in beams.items():  # last: nothing that concerns the whole batch can fail after a beam moved
         try:
             if request.beams is not None:
@@ -50,7 +52,7 @@ def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
     return failures
 
 
-def _advance_samples(choices: list[Choice], logits: torch.Tensor, failures: Failures) -> None:
+def _advance_samples(choices: list[Choice], logits: torch.Tensor, failures: Failures, batch: ScheduledBatch) -> None:
     """Choose and add one token for each of the choices."""
     chosen = [choice.row for choice in choices]
     raw = logits if chosen == list(range(len(logits))) else logits[chosen]
@@ -60,7 +62,9 @@ def _advance_samples(choices: list[Choice], logits: torch.Tensor, failures: Fail
         if choice.request in failures:
             continue
         try:
-            _append(_child(choice), choice.request, token, scored, position)
+            sequence = _child(choice)
+            _append(sequence, choice.request, token, scored, position)
+            batch.forced += _append_forced(sequence, choice.request)
         except Exception as error:
             failures[choice.request] = as_failure(choice.request.request_id, error)
 
@@ -97,7 +101,9 @@ def _collect(
 def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> torch.Tensor:
     """Process the logits and sample; int64 [choices]. Rows of failing requests get an arbitrary token."""
     logits = raw
-    if any(choice.request.rules.active for choice in choices):
+    guides = [choice.sequence.guide for choice in choices]
+    guided = any(guide is not None for guide in guides)
+    if guided or any(choice.request.rules.active for choice in choices):
         logits = raw.clone()
         for row, choice in enumerate(choices):
             if choice.request.rules.active and choice.request not in failures:
@@ -105,6 +111,8 @@ def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> tor
                     logits[row] = choice.request.rules.apply(logits[row], choice.sequence)
                 except Exception as error:
                     failures[choice.request] = as_failure(choice.request.request_id, error)
+    if guided:
+        mask_logits(logits, guides)
     best = most_likely(logits)
     possible = logits.gather(1, best[:, None]).squeeze(1).isfinite()
     if not bool(possible.all()):
@@ -112,7 +120,29 @@ def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> tor
             failures.setdefault(choices[row].request, RequestFailedError(NO_TOKEN))
         logits = torch.where(possible[:, None], logits, 0.0)
     draws = [Draw(choice.request.sampling, choice.child, choice.sequence.num_tokens) for choice in choices]
-    return sample(logits, draws, best)
+    tokens = sample(logits, draws, best)
+    if guided:
+        rooms = [choice.request.max_tokens - choice.sequence.num_generated - 1 for choice in choices]
+        _keep_to_budget(tokens, logits, draws, guides, rooms)
+    return tokens
+
+
+def _keep_to_budget(
+    tokens: torch.Tensor, logits: torch.Tensor, draws: list[Draw], guides: list[Guide | None], rooms: list[int]
+) -> None:
+    """Choose again, in place, where a guided output could not be completed any more."""
+    rows = list(range(len(guides)))
+    for attempt in range(MAX_REJECTIONS + 1):
+        chosen = tokens.tolist()
+        rows = [row for row in rows if (guide := guides[row]) and not guide.fits(chosen[row], rooms[row])]
+        if not rows:
+            return
+        for row in rows:
+            logits[row, chosen[row]] = -torch.inf
+            guide = guides[row]
+            if guide is not None and (attempt == MAX_REJECTIONS or not bool(logits[row].isfinite().any())):
+                force(logits[row], guide.way_on)
+        tokens[rows] = sample(logits[rows], [draws[row] for row in rows])
 
 
 def _child(choice: Choice) -> Sequence:
@@ -132,6 +162,20 @@ def _append(sequence: Sequence, request: Request, token: int, scored: ScoredToke
         if request.params.logprobs is not None:
             sequence.logprobs.append(scored.entry(position, request.params.logprobs, request.decode))
     take_token(sequence, request, token)
+
+
+def _append_forced(sequence: Sequence, request: Request) -> int:
+    """Add what a grammar leaves no choice about, where nobody asked for its scores; returns how many tokens."""
+    count = 0
+    while (
+        sequence.guide is not None
+        and not sequence.finished
+        and _num_logprobs(request) is None
+        and (token := sequence.guide.only()) is not None
+    ):
+        take_token(sequence, request, token)
+        count += 1
+    return count
 
 
 def finish_early(request: Request, reason: str) -> None:

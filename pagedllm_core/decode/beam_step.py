@@ -6,10 +6,13 @@ import torch
 
 from pagedllm_core.decode.beam import BeamState, Candidate, best_candidates
 from pagedllm_core.decode.finish import finish_sequence, take_token
+from pagedllm_core.decode.guided import force, mask_logits
 from pagedllm_core.decode.logprobs import score_tokens
 from pagedllm_core.errors import NO_TOKEN, RequestFailedError
 from pagedllm_core.outputs import Logprob
 from pagedllm_core.request import Request, Sequence
+
+MAX_ROUNDS = 16  # looks for candidates that fit the budget of a guided search, before beams follow their closings
 
 
 def advance_beams(request: Request, state: BeamState[Sequence], logits: torch.Tensor) -> None:
@@ -30,7 +33,7 @@ def advance_beams(request: Request, state: BeamState[Sequence], logits: torch.Te
         logprobs = torch.stack(rows)
     if bool(logprobs.isnan().any()):
         raise RequestFailedError(NO_TOKEN)
-    candidates = best_candidates(logprobs, state)
+    candidates = _candidates(logprobs, request, state, parents)
     if not candidates:
         raise RequestFailedError(NO_TOKEN)
     entries = _entries(request, logits, candidates)
@@ -45,7 +48,8 @@ def advance_beams(request: Request, state: BeamState[Sequence], logits: torch.Te
         return tried[candidate]
 
     def is_end(candidate: Candidate) -> bool:
-        return (candidate.token in ends or bool(request.params.stop)) and attempt(candidate).finished
+        may_end = candidate.token in ends or bool(request.params.stop) or request.grammar is not None
+        return may_end and attempt(candidate).finished
 
     going_on, done = state.step(candidates, parents[0].num_generated + 1, is_end, attempt)
     if done:
@@ -59,6 +63,32 @@ def advance_beams(request: Request, state: BeamState[Sequence], logits: torch.Te
         if parent not in children:
             parent.rewind()
     request.sequences = children
+
+
+def _candidates(
+    logprobs: torch.Tensor, request: Request, state: BeamState[Sequence], parents: list[Sequence]
+) -> list[Candidate]:
+    """The best continuations; of a guided search only those that can still be completed within the budget."""
+    if request.grammar is None:
+        return best_candidates(logprobs, state)
+    guides = [parent.guide for parent in parents]
+    mask_logits(logprobs, guides)
+    room = request.max_tokens - parents[0].num_generated - 1
+    for _ in range(MAX_ROUNDS):
+        candidates = best_candidates(logprobs, state)
+        wrong = [one for one in candidates if (guide := guides[one.parent]) and not guide.fits(one.token, room)]
+        if not wrong:
+            return candidates
+        for one in wrong:
+            logprobs[one.parent, one.token] = -torch.inf
+        for number in {one.parent for one in wrong}:
+            guide = guides[number]
+            if guide is not None and not bool(logprobs[number].isfinite().any()):
+                force(logprobs[number], guide.way_on)
+    for row, guide in zip(logprobs, guides, strict=True):
+        if guide is not None:
+            force(row, guide.way_on)
+    return best_candidates(logprobs, state)
 
 
 def conclude(request: Request, state: BeamState[Sequence]) -> None:

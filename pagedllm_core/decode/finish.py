@@ -9,9 +9,15 @@ from pagedllm_core.request import Request, Sequence
 def take_token(sequence: Sequence, request: Request, token: int) -> None:
     """Add a chosen token to a sequence, and set its finish reason where that was its last."""
     sequence.token_ids.append(token)
-    params = request.params
+    params, guide = request.params, sequence.guide
     generated = sequence.num_generated
     may_stop = generated >= params.min_tokens  # end tokens were masked before; stop strings may still turn up
+    if guide is not None:
+        guide.advance(token)
+        if token in guide.vocabulary.end_tokens:
+            finish_sequence(sequence, request, "stop", ended_by_token=True)
+            return
+        may_stop = may_stop and guide.accepting  # what a grammar asks for is not cut in the middle
     if may_stop and token in request.rules.eos_token_ids:
         finish_sequence(sequence, request, "stop", ended_by_token=True)
         return
@@ -24,8 +30,9 @@ def take_token(sequence: Sequence, request: Request, token: int) -> None:
         if stop is not None:
             sequence.finish_reason, sequence.stop_reason = "stop", stop
             return
-    if generated >= request.max_tokens:
-        finish_sequence(sequence, request, "length")
+    complete = guide is not None and guide.finished
+    if generated >= request.max_tokens or (complete and params.ignore_eos):
+        finish_sequence(sequence, request, "stop" if complete else "length")
 
 
 def finish_sequence(sequence: Sequence, request: Request, reason: str, ended_by_token: bool = False) -> None:

@@ -1,0 +1,162 @@
+"""From what a caller asks the output to be to a compiled grammar; the last ones are kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pagedllm_core.decode.guided import MAX_CLOSING, Guide, Vocabulary
+from pagedllm_core.decode.schema import close_objects
+from pagedllm_core.errors import InvalidRequestError
+from pagedllm_core.params import GuidedParams
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+    from llguidance._lib import JsonCompileOptions
+
+CACHED_GRAMMARS = 256
+MAX_GRAMMAR_CHARACTERS = 1_000_000
+# As `json.dumps` writes; white space that is left to a model may go on for ever.
+_SEPARATORS: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A compiled grammar, shared by the requests that use it; nobody advances its matcher.
+
+    Attributes:
+        matcher: At the start of an output.
+        closing: The shortest output that was found, in tokens.
+        vocabulary: What the matchers need of the tokenizer.
+    """
+
+    matcher: LLMatcher
+    closing: tuple[int, ...]
+    vocabulary: Vocabulary
+
+    def start(self, may_end: bool = True) -> Guide:
+        """The state of a sequence that has generated nothing.
+
+        Args:
+            may_end: Whether an end token may be generated; without it, only a grammar that is finished ends an output.
+        """
+        return Guide(self.vocabulary, self.matcher.deep_copy(), list(self.closing), may_end)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer, and keeps the last ones. Used from any thread but the engine's.
+
+    Args:
+        tokenizer: The model's transformers tokenizer, or None.
+        vocab_size: Width of the logits.
+        end_tokens: The model's end tokens.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_tokens: tuple[int, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._end_tokens = end_tokens
+        self._vocabulary: Vocabulary | None = None
+        self._grammars: OrderedDict[str, Grammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, guided: GuidedParams) -> Grammar:
+        """The grammar of these parameters.
+
+        Raises:
+            InvalidRequestError: It cannot be compiled, has no output, or the tokenizer or llguidance is missing.
+        """
+        key = guided.model_dump_json(exclude_none=True)
+        with self._lock:
+            found = self._grammars.get(key)
+            if found is not None:
+                self._grammars.move_to_end(key)
+                return found
+            vocabulary = self._vocabulary or self._load()
+        grammar = _compile(guided, vocabulary)
+        with self._lock:
+            self._grammars[key] = grammar
+            while len(self._grammars) > CACHED_GRAMMARS:
+                self._grammars.popitem(last=False)
+        return grammar
+
+    def __len__(self) -> int:
+        """Number of grammars that are kept."""
+        return len(self._grammars)
+
+    def _load(self) -> Vocabulary:
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError:
+            raise InvalidRequestError(
+                "guided: needs the package llguidance; install it (pip install 'pagedllm-core[guided]')"
+            ) from None
+        if self._tokenizer is None or getattr(self._tokenizer, "backend_tokenizer", None) is None:
+            raise InvalidRequestError("guided: needs a fast tokenizer, which this model has not; leave guided out")
+        if not self._end_tokens:
+            raise InvalidRequestError("guided: the model has no end token, so no output could end; leave guided out")
+        tokenizer = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=list(self._end_tokens))
+        self._vocabulary = Vocabulary.of(tokenizer, self._end_tokens)
+        return self._vocabulary
+
+
+def _compile(guided: GuidedParams, vocabulary: Vocabulary) -> Grammar:
+    from llguidance import LLMatcher
+
+    field_name, source = _source(guided)
+    matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0)
+    if matcher.is_error():
+        lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip()]
+        reason = lines[0] if len(lines) < 2 else f"{lines[0]} {lines[-1]}"
+        raise InvalidRequestError(f"guided.{field_name}: cannot be compiled: {reason:.400}")
+    closing = vocabulary.closing(matcher)
+    if closing is None:
+        raise InvalidRequestError(
+            f"guided.{field_name}: no output of at most {MAX_CLOSING} tokens was found that satisfies it; simplify it"
+        )
+    return Grammar(matcher, tuple(closing), vocabulary)
+
+
+def _source(guided: GuidedParams) -> tuple[str, str]:
+    """The field that is given, and its grammar in llguidance's terms."""
+    from llguidance import LLMatcher
+
+    if guided.json is not None:
+        schema = _read_schema(guided.json)
+        return "json", LLMatcher.grammar_from_json_schema(close_objects(schema), overrides=_SEPARATORS)
+    if guided.regex is not None:
+        _check_size("regex", guided.regex)
+        return "regex", LLMatcher.grammar_from_regex(guided.regex)
+    if guided.choice is not None:
+        _check_size("choice", "".join(guided.choice))
+        options = " | ".join(json.dumps(option, ensure_ascii=False) for option in guided.choice)
+        return "choice", LLMatcher.grammar_from_lark(f"start: {options}")
+    text = guided.grammar or ""
+    _check_size("grammar", text)
+    if "::=" in text:
+        from llguidance.gbnf_to_lark import gbnf_to_lark
+
+        text = gbnf_to_lark(text)
+    return "grammar", LLMatcher.grammar_from_lark(text)
+
+
+def _read_schema(given: str | dict[str, Any]) -> dict[str, Any]:
+    text = given if isinstance(given, str) else json.dumps(given)
+    _check_size("json", text)
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise InvalidRequestError(f"guided.json: is not valid JSON ({error}); give a JSON schema") from None
+    if not isinstance(schema, dict):
+        raise InvalidRequestError(f"guided.json={text:.40}: must be a JSON object, a schema")
+    return schema
+
+
+def _check_size(name: str, text: str) -> None:
+    if len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise InvalidRequestError(
+            f"guided.{name}: has {len(text)} characters, more than {MAX_GRAMMAR_CHARACTERS}; shorten it"
+        )

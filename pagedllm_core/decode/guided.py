@@ -1,0 +1,253 @@
+"""Guided decoding: the output is held to a JSON schema, a regular expression, a grammar or a choice.
+
+llguidance says which tokens may come next. That alone does not make an output valid: `max_tokens` may cut it. So each
+sequence carries a *closing*, tokens that would complete its output from where it is, and a token is taken only if a
+closing that fits the budget after it is known:
+
+    prompt | { "name" : " A n n | a " , "age" : 3 }
+           output so far ^      ^ candidate and its closing, which llguidance is asked to confirm
+
+The first token of the old closing is always such a token, so there is a way on at every step, and the length of the
+closing of the empty output decides at submission whether the request can be served at all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_CLOSING = 4096  # tokens; a search for a closing gives up beyond
+# What a closing tries first where several things may come: the ends of what is open, then the shortest values.
+_ENDS = """}]"01ntf[{ ,:@.aA-/TZ+"""
+_CHARACTERS = _ENDS + "".join(chr(code) for code in range(32, 127) if chr(code) not in _ENDS)
+_QUOTE = _CHARACTERS.index('"')
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as llguidance sees it.
+
+    Attributes:
+        tokenizer: llguidance's.
+        end_tokens: The ids that may end an output.
+        characters: The tokens of `_CHARACTERS`, each as ids.
+    """
+
+    tokenizer: LLTokenizer
+    end_tokens: tuple[int, ...]
+    characters: tuple[list[int], ...]
+
+    @classmethod
+    def of(cls, tokenizer: LLTokenizer, end_tokens: tuple[int, ...]) -> Vocabulary:
+        """The vocabulary of a tokenizer with these end tokens, of which there is at least one."""
+        return cls(tokenizer, end_tokens, tuple(map(tokenizer.tokenize_str, _CHARACTERS)))
+
+    def completes(self, matcher: LLMatcher, tokens: list[int]) -> bool:
+        """Whether `tokens` lead from the matcher's state to a complete output."""
+        if not tokens:
+            return bool(matcher.is_accepting())
+        return bool(matcher.validate_tokens([*tokens, self.end_tokens[0]]) == len(tokens) + 1)
+
+    def closing(self, matcher: LLMatcher, hint: Sequence[int] = ()) -> list[int] | None:
+        """Tokens that complete the output, or None where none were found.
+
+        Args:
+            matcher: Where the output is; left as it is.
+            hint: Tokens that completed it before; the search ends as soon as these do again.
+        """
+        matcher, known = matcher.deep_copy(), list(hint)
+        path: list[int] = []
+        visits: Counter[tuple[int, ...]] = Counter()
+        while len(path) < MAX_CLOSING and not matcher.is_error():
+            if matcher.is_accepting():
+                return path
+            if known and self.completes(matcher, known):
+                return path + known
+            tokens = matcher.compute_ff_tokens() or self._end(matcher, visits)
+            if not tokens or not matcher.consume_tokens(tokens):
+                return None
+            path += tokens
+        return None
+
+    def _end(self, matcher: LLMatcher, visits: Counter[tuple[int, ...]]) -> list[int]:
+        """The character to try next: the best end that may come, and another each time the same ones may come again."""
+        may_come = tuple(n for n, ids in enumerate(self.characters) if matcher.validate_tokens(ids) == len(ids))
+        if not may_come:
+            allowed = np.flatnonzero(_bits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)))
+            return [int(allowed[-1])] if len(allowed) else []
+        if len(may_come) > len(self.characters) // 2 and _QUOTE in may_come:
+            return self.characters[_QUOTE]  # within a text, where nearly everything may come
+        visits[may_come] += 1
+        return self.characters[may_come[(visits[may_come] - 1) % len(may_come)]]
+
+
+def _bits(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.unpackbits(mask, bitorder="little")
+
+
+@dataclass
+class Guide:
+    """What one sequence may generate next, and how its output would be completed.
+
+    Attributes:
+        vocabulary: The tokenizer.
+        matcher: The grammar after the tokens so far; None once it ran into its limits, and only the closing is left.
+        closing: Tokens that complete the output.
+        may_end: Whether an end token may be generated where the output is complete.
+        forced: Tokens that come next, whatever the logits say.
+    """
+
+    vocabulary: Vocabulary
+    matcher: LLMatcher | None
+    closing: list[int]
+    may_end: bool = True
+    forced: list[int] = field(default_factory=list)
+    _known: dict[int, list[int]] = field(default_factory=dict)  # closings after tokens that were looked at already
+
+    def copy(self) -> Guide:
+        """The same state for a fork."""
+        matcher = None if self.matcher is None else self.matcher.deep_copy()
+        return Guide(self.vocabulary, matcher, self.closing.copy(), self.may_end, self.forced.copy())
+
+    @property
+    def accepting(self) -> bool:
+        """True where the output is complete as it is, though it may go on."""
+        return not self.closing if self.matcher is None else bool(self.matcher.is_accepting())
+
+    @property
+    def finished(self) -> bool:
+        """True where the output is complete and nothing but an end can follow."""
+        return not self.closing if self.matcher is None else self.accepting and bool(self.matcher.is_stopped())
+
+    @property
+    def way_on(self) -> int:
+        """A token that can be taken in any case: the closing's first, or an end."""
+        return self.closing[0] if self.closing else self.vocabulary.end_tokens[0]
+
+    def only(self) -> int | None:
+        """The token that has to come next, where there is no choice."""
+        if self.forced:
+            return self.forced[0]
+        return self.way_on if self.matcher is None or self.finished else None
+
+    def fits(self, token: int, room: int) -> bool:
+        """Whether the output can still be completed with `room` tokens after `token`.
+
+        Args:
+            token: One that the grammar allows here.
+            room: Tokens of the budget that are left once it is taken.
+        """
+        closing = self._after(token)
+        return closing is not None and len(closing) <= room
+
+    def _after(self, token: int) -> list[int] | None:
+        if token in self._known:
+            return self._known[token]
+        found = self._closing_after(token)
+        if found is not None:
+            self._known[token] = found
+        return found
+
+    def _closing_after(self, token: int) -> list[int] | None:
+        if self.closing and token == self.closing[0]:
+            return self.closing[1:]
+        if self.matcher is None:
+            return None
+        if token in self.vocabulary.end_tokens:
+            return [] if self.may_end and self.accepting else None
+        # What closed before usually closes now, less its beginning where the token has brought that about.
+        for begin in range(min(len(self.closing), 6) + 1):
+            rest = self.closing[begin:]
+            if self.vocabulary.completes(self.matcher, [token, *rest]):
+                return rest
+        after = self.matcher.deep_copy()
+        return self.vocabulary.closing(after, self.closing) if after.consume_token(token) else None
+
+    def advance(self, token: int) -> None:
+        """Take a token that `fits` or that is `way_on`."""
+        closing = self._after(token)
+        self._known = {}
+        self.forced = self.forced[1:] if self.forced and self.forced[0] == token else []
+        self.closing = closing or []
+        if self.matcher is None or token in self.vocabulary.end_tokens:
+            return
+        if closing is None or not self.matcher.consume_token(token) or self.matcher.is_error():
+            self.matcher = None
+        elif not self.forced and not self.finished:
+            self.forced = self._forced()
+
+    def _forced(self) -> list[int]:
+        """The stretch of text that is forced from here, in the tokens that the tokenizer would write it with."""
+        if self.matcher is None or not (tokens := list(self.matcher.compute_ff_tokens())):
+            return []
+        closing = self.closing
+        if closing[: len(tokens)] == tokens:
+            return tokens
+        # The closing may write the same text in other tokens; it is renewed for the way that is taken.
+        after = self.matcher.deep_copy()
+        if not after.consume_tokens(tokens):
+            return []
+        rest = self.vocabulary.closing(after, closing)
+        if rest is None or len(rest) + len(tokens) > len(closing):
+            return []
+        self.closing = tokens + rest
+        return tokens
+
+
+def mask_logits(logits: torch.Tensor, guides: Sequence[Guide | None]) -> None:
+    """Set what the grammars do not allow to -inf, in place. A row where nothing is left gets its `way_on`.
+
+    Args:
+        logits: float32 [rows, vocabulary].
+        guides: One per row; None leaves the row as it is.
+    """
+    import llguidance.numpy
+
+    rows = [row for row, guide in enumerate(guides) if guide is not None]
+    matched = []
+    for row in rows:
+        guide = guides[row]
+        if guide is None:
+            continue
+        if (token := guide.only()) is not None:
+            force(logits[row], token)
+        elif guide.matcher is not None:
+            matched.append((row, guide))
+    if not matched:
+        return
+    width = logits.shape[1]
+    masks = np.zeros((len(matched), (width + 31) // 32), dtype=np.int32)
+    for place, (_, guide) in enumerate(matched):
+        if guide.matcher is not None:
+            llguidance.numpy.fill_next_token_bitmask(guide.matcher, masks, place)
+    for place, (row, guide) in enumerate(matched):
+        if guide.matcher is None or guide.matcher.is_error():
+            guide.matcher = None  # out of its limits: the closing is followed from now on
+            force(logits[row], guide.way_on)
+            continue
+        _apply(logits[row], masks[place].view(np.uint8))
+        if not guide.may_end:
+            logits[row, list(guide.vocabulary.end_tokens)] = -torch.inf
+        if not bool(logits[row].isfinite().any()):
+            force(logits[row], guide.way_on)
+
+
+def _apply(row: torch.Tensor, mask: npt.NDArray[np.uint8]) -> None:
+    allowed = _bits(mask)[: row.shape[0]]
+    row.masked_fill_(torch.from_numpy(allowed == 0).to(row.device), -torch.inf)
+
+
+def force(row: torch.Tensor, token: int) -> None:
+    """Leave one token of a row, in place."""
+    score = row[token].item()
+    row.fill_(-torch.inf)
+    row[token] = score if score > -torch.inf else 0.0

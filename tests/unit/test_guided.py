@@ -1,0 +1,191 @@
+"""Guided decoding: what may be asked for, how it ends, what it costs, and what it is refused for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pagedllm_core import LLM, GuidedParams, SamplingParams
+from pagedllm_core.decode import grammar as grammar_module
+from pagedllm_core.decode.schema import close_objects
+from pagedllm_core.errors import InvalidRequestError
+from pagedllm_core.outputs import RequestOutput
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "mood": {"enum": ["good", "bad"]}},
+    "required": ["name", "age", "mood"],
+}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(model="tiny", kv_cache_memory="16MiB", num_threads=1) as llm:
+        yield llm
+
+
+def run(llm: LLM, params: SamplingParams, prompt: str = "Anna is 7 and happy. As JSON:") -> RequestOutput:
+    return llm.generate(prompt, params, use_tqdm=False)[0]
+
+
+def guided(max_tokens: int | None = 80, /, **fields: Any) -> SamplingParams:
+    sampling = {name: fields.pop(name) for name in list(fields) if name not in GuidedParams.model_fields}
+    return SamplingParams(max_tokens=max_tokens, guided=GuidedParams(**fields), **sampling)
+
+
+@pytest.mark.parametrize("pattern", [r"(\d{3}-){2}\d{4}", r"[a-c]{2,5}x?", r"Zürich|Genève", r"\n\t*end"])
+def test_regex(llm: LLM, pattern: str) -> None:
+    completion = run(llm, guided(regex=pattern)).outputs[0]
+    assert re.fullmatch(pattern, completion.text)
+    assert completion.finish_reason == "stop"
+
+
+def test_choice_with_quotes_newlines_and_other_scripts(llm: LLM) -> None:
+    options = ['say "yes"', "two\nlines", "日本語", "a\\b"]
+    for option in options:
+        assert run(llm, guided(choice=[option])).outputs[0].text == option
+    outputs = run(llm, guided(choice=options, n=8, temperature=2.0)).outputs
+    assert {completion.text for completion in outputs} <= set(options)
+    assert len({completion.text for completion in outputs}) > 1
+
+
+def test_grammar_in_two_notations(llm: LLM) -> None:
+    for source in ('start: "(" start ")" | "x"', 'root ::= "(" root ")" | "x"'):
+        text = run(llm, guided(40, grammar=source, temperature=1.0, seed=2)).outputs[0].text
+        depth = text.count("(")
+        assert text == "(" * depth + "x" + ")" * depth
+
+
+def test_schema_as_text_or_dictionary(llm: LLM) -> None:
+    one, two = run(llm, guided(json=PERSON)), run(llm, guided(json=json.dumps(PERSON)))
+    assert one.outputs[0].token_ids == two.outputs[0].token_ids
+    assert json.loads(one.outputs[0].text).keys() == {"name", "age", "mood"}
+
+
+def test_forced_text_takes_no_steps(llm: LLM) -> None:
+    before = llm.stats()
+    output = run(llm, guided(json=PERSON))
+    after = llm.stats()
+    tokens = len(output.outputs[0].token_ids)
+    assert after.tokens_generated - before.tokens_generated == tokens == output.metrics.output_tokens
+    assert after.steps - before.steps < tokens - 8
+
+
+def test_scores_do_not_change_the_tokens(llm: LLM) -> None:
+    plain = run(llm, guided(json=PERSON)).outputs[0]
+    scored = run(llm, guided(json=PERSON, logprobs=1)).outputs[0]
+    assert scored.token_ids == plain.token_ids
+    assert scored.logprobs is not None and len(scored.logprobs) == len(scored.token_ids)
+
+
+def test_streamed_text_is_the_whole_text(llm: LLM) -> None:
+    streamed = "".join(out.outputs[0].text for out in llm.stream("Anna:", guided(json=PERSON)))
+    assert streamed == run(llm, guided(json=PERSON), "Anna:").outputs[0].text
+
+
+def test_ends_with_the_end_token_and_without_one_where_it_is_ignored(llm: LLM) -> None:
+    ends = llm.engine.config and llm.get_tokenizer().eos_token_id
+    ended = run(llm, guided(choice=["yes"])).outputs[0]
+    assert ended.token_ids[-1] == ends
+    bare = run(llm, guided(choice=["yes"], ignore_eos=True)).outputs[0]
+    assert bare.text == "yes"
+    assert bare.finish_reason == ended.finish_reason == "stop"
+    assert ends not in bare.token_ids
+
+
+def test_what_else_is_asked_for_gives_way(llm: LLM) -> None:
+    params = guided(choice=["no"], bad_words=["no"], min_tokens=40, logit_bias=dict.fromkeys(range(2048), -100.0))
+    assert run(llm, params).outputs[0].text == "no"
+
+
+def test_beams_come_best_first_and_differ(llm: LLM) -> None:
+    outputs = run(llm, guided(json=PERSON, n=3, use_beam_search=True)).outputs
+    texts = [completion.text for completion in outputs]
+    assert len(set(texts)) == 3
+    for text in texts:
+        assert json.loads(text)["mood"] in ("good", "bad")
+    scores = [completion.cumulative_logprob for completion in outputs]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_second_request_finds_prompt_and_grammar(llm: LLM) -> None:
+    prompt = "One two three four five six seven eight nine ten eleven twelve. " * 3
+    run(llm, guided(json=PERSON), prompt)
+    kept = len(llm.engine._worker.core.intake.grammars)
+    again = run(llm, guided(json=PERSON), prompt)
+    assert again.metrics.cached_tokens >= 16
+    assert len(llm.engine._worker.core.intake.grammars) == kept
+
+
+def test_kept_grammars_are_bounded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "CACHED_GRAMMARS", 3)
+    grammars = llm.engine._worker.core.intake.grammars
+    compiled = [grammars.compile(GuidedParams(choice=[f"option {number}"])) for number in range(9)]
+    assert len(grammars) == 3
+    assert grammars.compile(GuidedParams(choice=["option 8"])) is compiled[8]
+    assert grammars.compile(GuidedParams(choice=["option 0"])) is not compiled[0]
+
+
+def test_a_matcher_out_of_its_limits_follows_its_closing(llm: LLM) -> None:
+    compiled = llm.engine._worker.core.intake.grammars.compile(GuidedParams(json=PERSON))
+    guide = compiled.start()
+    guide.matcher = None
+    tokens = []
+    while not guide.finished:
+        tokens.append(guide.way_on)
+        assert guide.only() == tokens[-1]
+        guide.advance(tokens[-1])
+    assert json.loads(llm.get_tokenizer().decode(tokens))["mood"] in ("good", "bad")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"regex": "(ab"}, r"guided\.regex: cannot be compiled"),
+        ({"regex": "(?=a)b"}, r"guided\.regex: cannot be compiled"),
+        ({"json": {"type": "strin"}}, r"guided\.json: cannot be compiled: Invalid type: strin"),
+        ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"json": {"$ref": "#/$defs/nowhere"}}, r"guided\.json"),
+        ({"json": {"type": "integer", "minimum": 3, "maximum": 2}}, r"guided\.json"),
+        ({"json": "{not json"}, r"guided\.json: is not valid JSON"),
+        ({"json": "[1]"}, "must be a JSON object, a schema"),
+        ({"grammar": "start: nothing"}, r"guided\.grammar: cannot be compiled"),
+        ({"choice": []}, "choice"),
+        ({"regex": "a" * 1_000_001}, r"guided\.regex: has 1000001 characters"),
+        ({"json": PERSON, "stop": ["x"]}, "stop"),
+        ({"choice": ["a"], "stop_token_ids": [3]}, "stop"),
+        ({"json": PERSON, "regex": "a"}, "exactly one"),
+        ({}, "exactly one"),
+    ],
+)
+def test_refusals_name_the_field(llm: LLM, fields: dict[str, Any], message: str) -> None:
+    used = llm.stats().kv_blocks_used
+    with pytest.raises(InvalidRequestError, match=message):
+        run(llm, guided(**fields))
+    assert llm.stats().kv_blocks_used == used
+
+
+def test_too_small_a_budget_is_refused(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match=r"guided: the smallest output .* leave 5; raise max_tokens"):
+        run(llm, guided(5, json=PERSON))
+    long = llm.get_tokenizer()("word " * 3000)["input_ids"][: llm.engine.max_model_len - 4]
+    with pytest.raises(InvalidRequestError, match="leave 4"):
+        llm.generate([long], guided(None, json=PERSON), use_tqdm=False)
+
+
+def test_objects_that_list_their_properties_are_closed() -> None:
+    inner = {"type": "object", "properties": {"a": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"x": inner, "y": {"anyOf": [inner, {"type": "null"}]}}}
+    closed = close_objects(schema)
+    assert closed["additionalProperties"] is False
+    assert closed["properties"]["x"]["additionalProperties"] is False
+    assert closed["properties"]["y"]["anyOf"][0]["additionalProperties"] is False
+    assert "additionalProperties" not in inner
+    open_one = {"type": "object", "properties": {}, "additionalProperties": {"type": "integer"}}
+    assert close_objects(open_one) == open_one
+    both = {"allOf": [inner, {"type": "object", "properties": {"b": {}}}]}
+    assert close_objects(both) == both
