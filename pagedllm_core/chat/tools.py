@@ -1,19 +1,14 @@
-"""Tool calls in a model's reply, as Hermes and Qwen write them.
-
-<tool_call>{"name": ..., "arguments": {...}}</tool_call>
-"""
+"""Tools: what a caller may offer and demand, and the calls in a reply."""
 
 from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pagedllm_core.errors import InvalidRequestError
-
-OPEN_TAG = "<tool_call>"
-CLOSE_TAG = "</tool_call>"
 
 
 @dataclass(frozen=True)
@@ -33,17 +28,19 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class InvalidToolCall:
-    """What stood between the tags where no call could be read.
+    """What stood where a call was announced and could not be read as one.
 
     Attributes:
-        text: The text as written, from the opening tag on.
+        text: The text as written.
         error: What is wrong with it.
         id: Unique.
+        name: The function's name, where that could be read.
     """
 
     text: str
     error: str
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex}")
+    name: str | None = None
 
 
 @dataclass
@@ -51,56 +48,24 @@ class Reply:
     """A model's reply, taken apart.
 
     Attributes:
-        content: The text outside the tool calls.
+        content: The text outside reasoning and tool calls.
+        reasoning: What the model thought before it answered.
         tool_calls: The calls, in order.
         invalid: What looked like a call and was none.
     """
 
     content: str
+    reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     invalid: list[InvalidToolCall] = field(default_factory=list)
 
 
-def parse_reply(text: str) -> Reply:
-    """Take a complete reply apart. Text without tags is all content, unchanged."""
-    if OPEN_TAG not in text:
-        return Reply(text)
-    reply, content, position = Reply(""), [], 0
-    while (start := text.find(OPEN_TAG, position)) >= 0:
-        content.append(text[position:start])
-        call, position = _read_call(text, start + len(OPEN_TAG))
-        if isinstance(call, ToolCall):
-            reply.tool_calls.append(call)
-        else:
-            reply.invalid.append(call)
-    content.append(text[position:])
-    reply.content = "".join(content).strip()
-    return reply
+def as_call(value: Any) -> ToolCall:
+    """A call from its JSON.
 
-
-def _read_call(text: str, start: int) -> tuple[ToolCall | InvalidToolCall, int]:
-    """The call that begins at `start`, and where the text goes on."""
-    body = len(text) - len(text[start:].lstrip())
-    try:
-        # The JSON's own end counts, not the next tag: an argument may hold the tag as text.
-        value, end = json.JSONDecoder().raw_decode(text, body)
-    except ValueError as error:
-        close = text.find(CLOSE_TAG, start)
-        end = len(text) if close < 0 else close
-        return InvalidToolCall(OPEN_TAG + text[start:end].rstrip(), f"not valid JSON: {error}"), _after_tag(text, end)
-    after = _after_tag(text, end)
-    try:
-        return _as_call(value), after
-    except ValueError as error:
-        return InvalidToolCall(OPEN_TAG + text[start:end], str(error)), after
-
-
-def _after_tag(text: str, end: int) -> int:
-    rest = text[end:].lstrip()
-    return len(text) - len(rest) + len(CLOSE_TAG) if rest.startswith(CLOSE_TAG) else end
-
-
-def _as_call(value: Any) -> ToolCall:
+    Raises:
+        ValueError: It is none.
+    """
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError('not an object with a "name"')
     arguments = value.get("arguments", value.get("parameters", {}))
@@ -111,44 +76,66 @@ def _as_call(value: Any) -> ToolCall:
     return ToolCall(value["name"], arguments)
 
 
-class ReplyStream:
-    """Takes a reply apart while it arrives: text goes through at once, tool calls are read at the end."""
+@dataclass(frozen=True)
+class ToolChoice:
+    """Whether and which tools are called.
 
-    def __init__(self) -> None:
-        self._held = ""
+    Attributes:
+        mode: "auto" leaves it to the model, "none" forbids calls, "required" demands one.
+        name: The one tool that is demanded, or None.
+    """
 
-    def feed(self, text: str) -> str:
-        """Add text; returns what is certainly content."""
-        self._held += text
-        start = self._held.find(OPEN_TAG)
-        if start < 0:
-            start = len(self._held) - _partial_tag(self._held)
-        ready, self._held = self._held[:start], self._held[start:]
-        return ready
-
-    def finish(self) -> Reply:
-        """The rest, once the reply is complete."""
-        return parse_reply(self._held)
+    mode: Literal["auto", "none", "required"] = "auto"
+    name: str | None = None
 
 
-def _partial_tag(text: str) -> int:
-    """Length of the longest end of `text` that a tag may begin with."""
-    for length in range(min(len(OPEN_TAG) - 1, len(text)), 0, -1):
-        if text.endswith(OPEN_TAG[:length]):
-            return length
-    return 0
+def tool_choice(given: Any, tools: Sequence[Mapping[str, Any]]) -> ToolChoice:
+    """What a caller's `tool_choice` asks for.
 
-
-def check_tool_choice(tool_choice: Any) -> bool:
-    """Whether tools may be called at all: False for "none".
+    Args:
+        given: None, "auto", "none", "any", "required", True, a tool's name, or OpenAI's dictionary of one.
+        tools: JSON schemas of the tools.
 
     Raises:
-        InvalidRequestError: The choice needs guided decoding, which does not exist yet.
+        InvalidRequestError: It names no tool, or demands one where there are none.
     """
-    if tool_choice in (None, "auto", False):
-        return True
-    if tool_choice == "none":
-        return False
-    raise InvalidRequestError(
-        f'tool_choice={tool_choice!r}: not supported yet (it needs guided decoding); use None, "auto" or "none"'
-    )
+    if given in (None, False, "auto", ""):
+        return ToolChoice()
+    if given == "none":
+        return ToolChoice("none")
+    if not tools:
+        raise InvalidRequestError(f"tool_choice={given!r}: demands a call, but there are no tools; give tools")
+    if given is True or given in ("any", "required"):
+        return ToolChoice("required", tool_name(tools[0]) if given is True and len(tools) == 1 else None)
+    name = given
+    if isinstance(given, Mapping):
+        kind = given.get("type")
+        if kind in ("auto", "none", "any", "required") and "name" not in given:
+            return tool_choice(kind, tools)
+        inner = given.get("function")
+        name = inner.get("name") if isinstance(inner, Mapping) else given.get("name")
+    names = [tool_name(tool) for tool in tools]
+    if name not in names:
+        raise InvalidRequestError(
+            f"tool_choice={given!r}: is no tool; use one of {', '.join(names)}, or auto, none, any, required"
+        )
+    return ToolChoice("required", name)
+
+
+def tool_name(tool: Mapping[str, Any]) -> str:
+    """The name of a tool from its JSON schema.
+
+    Raises:
+        InvalidRequestError: It has none.
+    """
+    function = tool.get("function", tool)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError(f"tools: {str(tool)!r:.80} has no name; give OpenAI's form of a function")
+    name: str = function["name"]
+    return name
+
+
+def tool_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a tool's arguments."""
+    parameters = tool.get("function", tool).get("parameters")
+    return {"type": "object", "properties": {}, **(parameters or {})}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +111,8 @@ def _compile(guided: GuidedParams, vocabulary: Vocabulary) -> Grammar:
     from llguidance import LLMatcher
 
     field_name, source = _source(guided)
+    if guided.grammar is not None:
+        vocabulary = dataclasses.replace(vocabulary, literals=tuple(_literals(source, vocabulary)))
     matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0)
     if matcher.is_error():
         lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip()]
@@ -141,6 +147,16 @@ def _source(guided: GuidedParams) -> tuple[str, str]:
 
         text = gbnf_to_lark(text)
     return "grammar", LLMatcher.grammar_from_lark(text)
+
+
+def _literals(source: str, vocabulary: Vocabulary) -> Iterator[list[int]]:
+    """The single tokens and quoted texts of a grammar, each as ids."""
+    rules = "\n".join(line for line in source.splitlines() if "%json" not in line)
+    yield from ([int(token)] for token in re.findall(r"<\[(\d+)\]>", rules))
+    for text in re.findall(r'"(?:[^"\\\n]|\\.)*"', rules):
+        with contextlib.suppress(ValueError):
+            if ids := vocabulary.tokenizer.tokenize_str(json.loads(text)):
+                yield ids
 
 
 def _read_schema(given: str | dict[str, Any]) -> dict[str, Any]:

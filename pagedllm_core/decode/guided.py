@@ -40,11 +40,13 @@ class Vocabulary:
         tokenizer: llguidance's.
         end_tokens: The ids that may end an output.
         characters: The tokens of `_CHARACTERS`, each as ids.
+        literals: The texts and single tokens that a grammar names: one of them may be the only end of a text.
     """
 
     tokenizer: LLTokenizer
     end_tokens: tuple[int, ...]
     characters: tuple[list[int], ...]
+    literals: tuple[list[int], ...] = ()
 
     @classmethod
     def of(cls, tokenizer: LLTokenizer, end_tokens: tuple[int, ...]) -> Vocabulary:
@@ -80,14 +82,25 @@ class Vocabulary:
 
     def _end(self, matcher: LLMatcher, visits: Counter[tuple[int, ...]]) -> list[int]:
         """The character to try next: the best end that may come, and another each time the same ones may come again."""
-        may_come = tuple(n for n, ids in enumerate(self.characters) if matcher.validate_tokens(ids) == len(ids))
+        may_come = self._may_come(matcher)
         if not may_come:
             allowed = np.flatnonzero(_bits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)))
             return [int(allowed[-1])] if len(allowed) else []
-        if len(may_come) > len(self.characters) // 2 and _QUOTE in may_come:
-            return self.characters[_QUOTE]  # within a text, where nearly everything may come
+        if self._is_text(may_come):
+            for ids in (self.characters[_QUOTE], *self.literals):
+                after = matcher.deep_copy()
+                if matcher.validate_tokens(ids) == len(ids) and after.consume_tokens(ids):
+                    if after.is_accepting() or not self._is_text(self._may_come(after)):
+                        return ids
         visits[may_come] += 1
         return self.characters[may_come[(visits[may_come] - 1) % len(may_come)]]
+
+    def _may_come(self, matcher: LLMatcher) -> tuple[int, ...]:
+        return tuple(n for n, ids in enumerate(self.characters) if matcher.validate_tokens(ids) == len(ids))
+
+    def _is_text(self, may_come: tuple[int, ...]) -> bool:
+        """Within a text nearly everything may come."""
+        return len(may_come) > len(self.characters) // 2
 
 
 def _bits(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

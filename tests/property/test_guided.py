@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from functools import lru_cache
@@ -113,10 +114,9 @@ def test_valid_when_the_pool_is_short(seed: int) -> None:
     for number in range(24):
         schema = random_schema(rng)
         params = params_for(schema, rng).model_copy(update={"max_tokens": None})
-        try:
+        with contextlib.suppress(InvalidRequestError):  # its smallest output does not fit the pool
             schemas[engine.add([rng.randrange(2000) for _ in range(9)], params, request_id=str(number))] = schema
-        except InvalidRequestError as error:
-            assert "leave" in str(error)
+    assert len(schemas) > 16
     for request_id, output in run_all(engine).items():
         assert output.error is None, output.error
         for completion in output.outputs:

@@ -79,7 +79,7 @@ def test_scores_do_not_change_the_tokens(llm: LLM) -> None:
     plain = run(llm, guided(json=PERSON)).outputs[0]
     scored = run(llm, guided(json=PERSON, logprobs=1)).outputs[0]
     assert scored.token_ids == plain.token_ids
-    assert scored.logprobs is not None and len(scored.logprobs) == len(scored.token_ids)
+    assert len(scored.logprobs or ()) == len(scored.token_ids)
 
 
 def test_streamed_text_is_the_whole_text(llm: LLM) -> None:

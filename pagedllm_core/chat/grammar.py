@@ -1,0 +1,131 @@
+"""Grammars for replies: text, tool calls, an answer in JSON, and the reasoning before them.
+
+    start: reasoning? ( TEXT? calls? | calls | answer | calls | answer )
+
+Written in llguidance's dialect of Lark. JSON schemas stand in it as they are, each with its own root.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pagedllm_core.chat.formats import ReasoningFormat, ToolFormat
+from pagedllm_core.chat.tools import ToolChoice, tool_name, tool_parameters
+from pagedllm_core.decode.schema import close_objects
+
+_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True)
+class ReplyRules:
+    """What a reply may be.
+
+    Attributes:
+        tools: JSON schemas of the tools that may be called.
+        choice: Whether and which.
+        parallel: Whether there may be several calls.
+        strict: Refuse what of the tools' schemas cannot be enforced, instead of leaving it out.
+        schema: JSON schema of the answer; with tools, instead of calls. None: text.
+        format: How calls are written.
+        reasoning: How reasoning is written; None: there is none.
+        reasoning_open: True where the prompt has opened it.
+    """
+
+    tools: Sequence[Mapping[str, Any]]
+    choice: ToolChoice
+    parallel: bool
+    strict: bool
+    schema: Mapping[str, Any] | None
+    format: ToolFormat | None
+    reasoning: ReasoningFormat | None
+    reasoning_open: bool
+
+    def grammar(self, added_tokens: Mapping[str, int]) -> str | None:
+        """The grammar, or None where everything may be written.
+
+        Args:
+            added_tokens: The tokenizer's added tokens: a tag that is one of them is written as this one token.
+        """
+        answers = self._answers()
+        if answers is None:
+            return None
+        lines = [f"start: {self._reasoning(added_tokens)}answer", f"answer: {answers}"]
+        if "calls" in answers:
+            lines += self._calls(added_tokens)
+        if "final" in answers:
+            lines.append(f"final: %json {_schema(self.schema or {}, strict=True)}")
+        if "TEXT" in answers:
+            lines.append(f"TEXT: {self._text()}")
+        if self.reasoning is not None:
+            lines.append(f"THOUGHT: {_without(self.reasoning.end)}")
+        return "\n".join(lines)
+
+    def _answers(self) -> str | None:
+        if self.schema is not None:
+            calls = self.tools and self.choice.mode != "none"
+            return "calls" if self.choice.mode == "required" else "calls | final" if calls else "final"
+        if not self.tools or self.format is None:
+            return None
+        if self.choice.mode == "none":
+            return "TEXT?"
+        if self.choice.mode == "required":
+            return "calls"
+        # Where nothing announces calls, a brace at the beginning does.
+        return "TEXT? calls?" if self.format.begin else "(TEXT | calls)?"
+
+    def _reasoning(self, added_tokens: Mapping[str, int]) -> str:
+        if self.reasoning is None:
+            return ""
+        end = f'{_tag(self.reasoning.end, added_tokens)} /\\n*/ '
+        if self.reasoning_open:
+            return f"THOUGHT? {end}"
+        return f"({_tag(self.reasoning.begin, added_tokens)} THOUGHT? {end})? "
+
+    def _text(self) -> str:
+        tag = self.format.begin.strip() if self.format else ""
+        return _without(tag) if tag else r"/[^{](.|\n)*/"
+
+    def _calls(self, added_tokens: Mapping[str, int]) -> list[str]:
+        tools = [tool for tool in self.tools if self.choice.name in (None, tool_name(tool))]
+        style = self.format
+        if style is None:
+            return []
+        begin, end = _tag(style.begin, added_tokens), _tag(style.end, added_tokens)
+        call = f"{begin} call {end}" if style.each else "call"
+        several = f"{call} ({json.dumps(style.separator)} {call})*" if self.parallel else call
+        lines = [f"calls: {several}" if style.each else f"calls: {begin} {several} {end}"]
+        lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
+        for number, tool in enumerate(tools):
+            head = f'{{"name": {json.dumps(tool_name(tool), ensure_ascii=False)}, "{style.arguments}": '
+            lines.append(f'call_{number}: {json.dumps(head, ensure_ascii=False)} arguments_{number} "}}"')
+            schema = {**tool_parameters(tool), "type": "object"}
+            lines.append(f"arguments_{number}: %json {_schema(schema, self.strict)}")
+        return lines
+
+
+def _schema(schema: Mapping[str, Any], strict: bool) -> str:
+    closed = close_objects(dict(schema))
+    return json.dumps({**closed, "x-guidance": {**_JSON, "lenient": not strict}}, ensure_ascii=False)
+
+
+def _tag(text: str, added_tokens: Mapping[str, int]) -> str:
+    """A text in which added tokens are written as such."""
+    found = [token for token in added_tokens if token in text] if text else []
+    if not found:
+        return json.dumps(text, ensure_ascii=False) if text else ""
+    parts = re.split("(" + "|".join(map(re.escape, sorted(found, key=len, reverse=True))) + ")", text)
+    return " ".join(
+        f"<[{added_tokens[part]}]>" if part in added_tokens else json.dumps(part, ensure_ascii=False)
+        for part in parts
+        if part
+    )
+
+
+def _without(tag: str) -> str:
+    """All texts, of one character at least, that do not hold the tag."""
+    literal = re.escape(tag).replace("/", "\\/")
+    return rf"/(.|\n)+/ & ~/(.|\n)*{literal}(.|\n)*/"
