@@ -13,16 +13,21 @@ import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pagedllm_core.chat.formats import ToolFormat, reasoning_format, tool_format
+from pagedllm_core.chat.grammar import ReplyRules
+from pagedllm_core.chat.messages import with_listed_tools
+from pagedllm_core.chat.reply import ReplyStyle
+from pagedllm_core.chat.tools import AUTO, ToolChoice, tool_name
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.outputs import RequestOutput
 from pagedllm_core.params import SamplingParams
+from pagedllm_core.streams import RequestHandle
 
 if TYPE_CHECKING:
     from pagedllm_core.async_engine import AsyncEngine
     from pagedllm_core.request import Request
-    from pagedllm_core.streams import RequestHandle
 
 
 class EngineSource:
@@ -120,6 +125,20 @@ def shared_engine(config: EngineConfig, token: str | None = None) -> EngineSourc
     return source
 
 
+class Submission(NamedTuple):
+    """A request that was queued, and how its reply is to be read."""
+
+    handle: RequestHandle
+    style: ReplyStyle
+
+
+class Answer(NamedTuple):
+    """A request's result, and how its reply is to be read."""
+
+    output: RequestOutput
+    style: ReplyStyle
+
+
 @dataclass(frozen=True)
 class Call:
     """One request of an adapter, before it is tokenized.
@@ -129,6 +148,12 @@ class Call:
         messages: The conversation.
         params: How to sample.
         tools: JSON schemas of functions the model may call.
+        choice: Whether and which of them.
+        parallel: Whether there may be several calls in one reply.
+        strict: Refuse what of the tools' schemas cannot be enforced.
+        schema: JSON schema of the answer.
+        tool_parser: Name of the format of tool calls, instead of the template's.
+        reasoning_parser: Name of the format of reasoning, instead of the template's.
         chat_template: In place of the model's.
         template_kwargs: Further arguments of `ChatTemplate.render`.
         timeout: Seconds until it fails with `RequestTimeoutError`.
@@ -138,7 +163,13 @@ class Call:
     params: SamplingParams
     prompt: str | None = None
     messages: Sequence[Mapping[str, Any]] = ()
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    choice: ToolChoice = AUTO
+    parallel: bool = True
+    strict: bool = False
+    schema: Mapping[str, Any] | None = None
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     timeout: float | None = None
@@ -159,49 +190,96 @@ class Call:
                 return {"prompt": self.prompt, "prompt_token_ids": ids}
             return {"prompt": self.prompt}
         template = ChatTemplate(engine.tokenizer, self.chat_template)
-        text = template.render(self.messages, tools=self.tools, simplify=True, **self.template_kwargs)
+        tools = self.tools if self.choice.mode != "none" else ()
+        messages = self.messages
+        if tools and "tools" not in template.source(tools):
+            messages, tools = with_listed_tools(messages, tools, self._tool_format(engine)), ()
+        text = template.render(messages, tools=tools, simplify=True, **self.template_kwargs)
         return {"prompt": text, "prompt_token_ids": template.encode(text)}
 
-    def submit(self, engine: AsyncEngine, *, stream: bool) -> RequestHandle:
+    def submit(self, engine: AsyncEngine, *, stream: bool) -> Submission:
         """Queue it, from any thread.
 
         Raises:
             PagedLLMError: It cannot be served; nothing was allocated.
         """
-        return engine.enqueue(self._prepare(engine, stream))
+        request, style = self._prepare(engine, stream)
+        return Submission(engine.enqueue(request), style)
 
-    async def asubmit(self, engine: AsyncEngine, *, stream: bool) -> RequestHandle:
-        """Queue it from an event loop; the template and the tokenizer run on the engine's intake thread.
+    async def asubmit(self, engine: AsyncEngine, *, stream: bool) -> Submission:
+        """Queue it from an event loop; template, tokenizer and grammar run on the engine's intake thread.
 
         Raises:
             PagedLLMError: It cannot be served; nothing was allocated.
         """
-        return engine.enqueue(await engine.run_in_intake(self._prepare, engine, stream))
+        request, style = await engine.run_in_intake(self._prepare, engine, stream)
+        return Submission(engine.enqueue(request), style)
 
-    def run(self, engine: AsyncEngine) -> RequestOutput:
+    def run(self, engine: AsyncEngine) -> Answer:
         """Queue it and block until it has ended; leaving early (Ctrl-C) frees its blocks.
 
         Raises:
             PagedLLMError: The request cannot be served, or failed.
         """
-        return wait(self.submit(engine, stream=False))
+        handle, style = self.submit(engine, stream=False)
+        return Answer(wait(handle), style)
 
-    async def arun(self, engine: AsyncEngine) -> RequestOutput:
+    async def arun(self, engine: AsyncEngine) -> Answer:
         """`run` on an event loop; cancelling the task frees its blocks.
 
         Raises:
             PagedLLMError: The request cannot be served, or failed.
         """
-        handle = await self.asubmit(engine, stream=False)
+        handle, style = await self.asubmit(engine, stream=False)
         try:
-            return await handle.aresult()
+            return Answer(await handle.aresult(), style)
         finally:
             if not handle.finished:
                 handle.cancel()
 
-    def _prepare(self, engine: AsyncEngine, stream: bool) -> Request:
+    def _prepare(self, engine: AsyncEngine, stream: bool) -> tuple[Request, ReplyStyle]:
         prompt = self.tokenize(engine)
-        return engine.prepare(prompt, self.params, timeout=self.timeout, share_key=self.share_key, stream=stream)
+        params, style = self.params, ReplyStyle()
+        if self.prompt is None:
+            params, style = self._held(engine, str(prompt["prompt"]))
+        request = engine.prepare(prompt, params, timeout=self.timeout, share_key=self.share_key, stream=stream)
+        return request, style
+
+    def _tool_format(self, engine: AsyncEngine) -> ToolFormat:
+        from pagedllm_core.chat.template import ChatTemplate
+
+        template = ChatTemplate(engine.tokenizer, self.chat_template)
+        return tool_format(template.source(self.tools), self.tool_parser)
+
+    def _held(self, engine: AsyncEngine, prompt: str) -> tuple[SamplingParams, ReplyStyle]:
+        """The sampling parameters with the grammar of the reply, and how the reply is read."""
+        from pagedllm_core.chat.template import ChatTemplate
+
+        source = ChatTemplate(engine.tokenizer, self.chat_template).source(self.tools)
+        written = tool_format(source, self.tool_parser) if self.tools else None
+        reasoning = reasoning_format(source, self.reasoning_parser)
+        opened = reasoning is not None and prompt.rstrip().endswith(reasoning.begin)
+        style = ReplyStyle(
+            tools=None if self.choice.mode == "none" else written,
+            names=[tool_name(tool) for tool in self.tools],
+            reasoning=reasoning,
+            reasoning_open=opened,
+        )
+        params = self.params
+        added = engine.tokenizer.get_added_vocab()
+        tags = [reasoning.end if reasoning else "", written.begin.strip() if written else ""]
+        if any(token in tag for tag in tags if tag for token in added):
+            params = params.model_copy(update={"skip_special_tokens": False})
+        if params.guided is not None:
+            return params, style
+        rules = ReplyRules(self.tools, self.choice, self.parallel, self.strict, self.schema, written, reasoning, opened)
+        guided = rules.guided(added)
+        if guided is None:
+            return params, style
+        update: dict[str, Any] = {"guided": guided}
+        if not rules.free:
+            update |= {"stop": [], "stop_token_ids": []}  # what is held to a form ends by itself
+        return params.model_copy(update=update), style
 
 
 def wait(handle: RequestHandle) -> RequestOutput:

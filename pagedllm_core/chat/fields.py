@@ -16,7 +16,7 @@ ENGINE_FIELDS = (
     "revision", "trust_remote_code", "dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_memory",
     "enable_prefix_caching",
 )  # fmt: skip
-SAMPLING_FIELDS = tuple(name for name in SamplingParams.model_fields if name not in {"logprobs", "guided"})
+SAMPLING_FIELDS = tuple(name for name in SamplingParams.model_fields if name != "logprobs")
 
 
 class AdapterFields(BaseModel):
@@ -55,6 +55,14 @@ class AdapterFields(BaseModel):
 
     chat_template: str | None = Field(None, description="A Jinja template, or a file of one, in place of the model's.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further template variables.")
+    reasoning: bool | None = Field(None, description="Ask the template for reasoning, or for none; None: its default.")
+    tool_parser: str | None = Field(
+        None, description='Format of tool calls: "hermes", "llama3_json", "mistral", "json".'
+    )
+    reasoning_parser: str | None = Field(None, description='Format of reasoning: "think", "magistral".')
+    parallel_tool_calls: bool | None = Field(
+        None, description="Several calls in one reply; None: unless one is forced."
+    )
     timeout: float | None = Field(None, description="Seconds until a call fails and its memory is freed.")
 
     engine: Any = Field(None, exclude=True, repr=False, description="An `AsyncEngine` to use instead of a shared one.")
@@ -113,6 +121,12 @@ class AdapterFields(BaseModel):
             fields["logprobs"] = wanted["top_logprobs"] or 0
         return sampling_params(fields)
 
+    def _template_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables of the template: the fields', and over them what one call gives."""
+        reasoning = given.get("reasoning", self.reasoning)
+        switch = {} if reasoning is None else {"enable_thinking": bool(reasoning), "thinking": bool(reasoning)}
+        return {**switch, **self.chat_template_kwargs, **(given.get("chat_template_kwargs") or {})}
+
     def _warn_unknown_arguments(self, given: Mapping[str, Any], further: Collection[str]) -> None:
         known = {*SAMPLING_FIELDS, *further, "model", "timeout", "share_key", "logprobs", "top_logprobs"}
         if unknown := sorted(set(given) - known):
@@ -120,7 +134,18 @@ class AdapterFields(BaseModel):
 
     def _identity(self) -> dict[str, Any]:
         """Every field that has a bearing on the output."""
-        own = ("model", "logprobs", "top_logprobs", "chat_template", "chat_template_kwargs", "engine_kwargs")
+        own = (
+            "model",
+            "logprobs",
+            "top_logprobs",
+            "chat_template",
+            "chat_template_kwargs",
+            "engine_kwargs",
+            "reasoning",
+            "tool_parser",
+            "reasoning_parser",
+            "parallel_tool_calls",
+        )
         names = (*own, *ENGINE_FIELDS, *SAMPLING_FIELDS)
         return {name: value for name in names if (value := getattr(self, name, None)) is not None}
 

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from pagedllm_core.errors import InvalidRequestError
 
-
 Format = TypeVar("Format")
 
 

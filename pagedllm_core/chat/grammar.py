@@ -16,6 +16,7 @@ from typing import Any
 from pagedllm_core.chat.formats import ReasoningFormat, ToolFormat
 from pagedllm_core.chat.tools import ToolChoice, tool_name, tool_parameters
 from pagedllm_core.decode.schema import close_objects
+from pagedllm_core.params import GuidedParams
 
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -43,6 +44,22 @@ class ReplyRules:
     format: ToolFormat | None
     reasoning: ReasoningFormat | None
     reasoning_open: bool
+
+    @property
+    def free(self) -> bool:
+        """True where the reply may be plain text."""
+        return "TEXT" in (self._answers() or "TEXT")
+
+    def guided(self, added_tokens: Mapping[str, int]) -> GuidedParams | None:
+        """What the engine holds the reply to, or None where everything may be written.
+
+        Args:
+            added_tokens: The tokenizer's added tokens: a tag that is one of them is written as this one token.
+        """
+        if self.schema is not None and self._answers() == "final" and self.reasoning is None:
+            return GuidedParams(json=dict(self.schema))
+        grammar = self.grammar(added_tokens)
+        return None if grammar is None else GuidedParams(grammar=grammar)
 
     def grammar(self, added_tokens: Mapping[str, int]) -> str | None:
         """The grammar, or None where everything may be written.
@@ -80,7 +97,7 @@ class ReplyRules:
     def _reasoning(self, added_tokens: Mapping[str, int]) -> str:
         if self.reasoning is None:
             return ""
-        end = f'{_tag(self.reasoning.end, added_tokens)} /\\n*/ '
+        end = f"{_tag(self.reasoning.end, added_tokens)} /\\n*/ "
         if self.reasoning_open:
             return f"THOUGHT? {end}"
         return f"({_tag(self.reasoning.begin, added_tokens)} THOUGHT? {end})? "

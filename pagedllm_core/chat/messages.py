@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pagedllm_core.chat.formats import ToolFormat
 
 Message = dict[str, Any]
 
@@ -36,6 +40,29 @@ def _fold_late_system(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         late = started and message["role"] == "system"
         folded.append({**message, "role": "user"} if late else dict(message))
     return folded
+
+
+def with_listed_tools(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], written: ToolFormat
+) -> list[Message]:
+    """The conversation for a template that knows no tools: they are listed in the system message."""
+    lines = [json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools]
+    example = f'{written.begin}{{"name": <name>, "{written.arguments}": <arguments>}}{written.end}'
+    text = "You can call these functions:\n" + "\n".join(lines) + f"\nTo call one, answer with {example}"
+    first, rest = (messages[0], messages[1:]) if messages and messages[0]["role"] == "system" else (None, messages)
+    content = text if first is None else _join(first.get("content"), text)
+    return [{"role": "system", "content": content}, *map(_as_text, rest)]
+
+
+def _as_text(message: Mapping[str, Any]) -> Message:
+    """A turn of the conversation without what such a template would leave out: calls, and the role of their results."""
+    if message["role"] == "tool":
+        return {**message, "role": "user"}
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    if not calls:
+        return dict(message)
+    content = _join(message.get("content"), "\n".join(calls))
+    return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content}
 
 
 def _merge_neighbours(messages: Sequence[Message]) -> list[Message]:

@@ -139,7 +139,7 @@ class ReplyReader:
         return self._go("call")
 
     def _pass_on(self, kind: Literal["text", "reasoning"], count: int, ended: bool) -> None:
-        """Pass on the first characters that are held; white space around reasoning and before calls is no part of it."""
+        """Pass on the first characters that are held, without white space around reasoning and before calls."""
         text, self._held = self._held[:count], self._held[count:]
         if kind == "reasoning" and not self._begun:
             text = text.lstrip()

@@ -89,6 +89,9 @@ class ToolChoice:
     name: str | None = None
 
 
+AUTO = ToolChoice()
+
+
 def tool_choice(given: Any, tools: Sequence[Mapping[str, Any]]) -> ToolChoice:
     """What a caller's `tool_choice` asks for.
 
@@ -100,7 +103,7 @@ def tool_choice(given: Any, tools: Sequence[Mapping[str, Any]]) -> ToolChoice:
         InvalidRequestError: It names no tool, or demands one where there are none.
     """
     if given in (None, False, "auto", ""):
-        return ToolChoice()
+        return AUTO
     if given == "none":
         return ToolChoice("none")
     if not tools:

@@ -89,9 +89,9 @@ class Vocabulary:
         if self._is_text(may_come):
             for ids in (self.characters[_QUOTE], *self.literals):
                 after = matcher.deep_copy()
-                if matcher.validate_tokens(ids) == len(ids) and after.consume_tokens(ids):
-                    if after.is_accepting() or not self._is_text(self._may_come(after)):
-                        return ids
+                taken = matcher.validate_tokens(ids) == len(ids) and after.consume_tokens(ids)
+                if taken and (after.is_accepting() or not self._is_text(self._may_come(after))):
+                    return ids
         visits[may_come] += 1
         return self.characters[may_come[(visits[may_come] - 1) % len(may_come)]]
 

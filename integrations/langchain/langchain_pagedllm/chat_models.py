@@ -6,7 +6,7 @@ import contextvars
 import functools
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import (
     AsyncCallbackManagerForLLMRun,
@@ -22,20 +22,24 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult, R
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from langchain_pagedllm.convert import PROVIDER, last_chunk, text_chunk, to_chat_result, to_template_messages
+from langchain_pagedllm.convert import PROVIDER, Chunks, Source, to_chat_result, to_template_messages
+from langchain_pagedllm.errors import as_langchain_errors
 from langchain_pagedllm.fields import IGNORED_PER_CALL, PagedModel, check_streamable
 from langchain_pagedllm.sharing import configs_of_one_share, given_key, share_key, with_one_share
+from langchain_pagedllm.structured import bindings_and_parser, response_schema, with_raw
 from pagedllm_core.chat.adapter import Call, watched
-from pagedllm_core.chat.tools import Reply, ReplyStream, check_tool_choice
-from pagedllm_core.errors import InvalidRequestError
-from pagedllm_core.outputs import RequestOutput
+from pagedllm_core.chat.profile import local_profile
+from pagedllm_core.chat.tools import tool_choice as parse_tool_choice
 
 if TYPE_CHECKING:
+    from langchain_core.language_models.model_profile import ModelProfile
     from langchain_core.tools import BaseTool
+
+    from pagedllm_core.async_engine import AsyncEngine
 
 _CHAT_ARGUMENTS = IGNORED_PER_CALL | {
     "tools", "tool_choice", "chat_template", "chat_template_kwargs", "response_format", "stop_sequences",
-    "max_new_tokens",
+    "max_new_tokens", "strict", "parallel_tool_calls", "tool_parser", "reasoning_parser", "reasoning",
 }  # fmt: skip
 _MAX_THREADS = 512
 
@@ -75,6 +79,27 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
             params["ls_stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         return params
 
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        found = local_profile(self.model, self.revision)
+        if found is None:
+            return None
+        limit = self.max_model_len or found.max_model_len
+        return {
+            "max_input_tokens": limit,
+            "max_output_tokens": min(limit, self.max_tokens or limit),
+            "text_inputs": True,
+            "text_outputs": True,
+            "image_inputs": False,
+            "audio_inputs": False,
+            "video_inputs": False,
+            "tool_calling": found.has_template,
+            "tool_choice": found.has_template,
+            "tool_call_streaming": found.has_template,
+            "structured_output": found.has_template,
+            "reasoning_output": found.reasons,
+            "temperature": True,
+        }
+
     # One call.
 
     def _generate(
@@ -84,9 +109,10 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = self._call(messages, stop, kwargs, run_manager)
-        output = call.run(self._source(kwargs.get("model")).get())
-        return to_chat_result(output, kwargs.get("model") or self.model, call.tools is not None)
+        with as_langchain_errors():
+            call = self._call(messages, stop, kwargs, run_manager)
+            engine = self._source(kwargs.get("model")).get()
+            return to_chat_result(call.run(engine), self._reply_source(engine, kwargs))
 
     async def _agenerate(
         self,
@@ -95,9 +121,10 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call = self._call(messages, stop, kwargs, run_manager)
-        output = await call.arun(await self._source(kwargs.get("model")).aget())
-        return to_chat_result(output, kwargs.get("model") or self.model, call.tools is not None)
+        with as_langchain_errors():
+            call = self._call(messages, stop, kwargs, run_manager)
+            engine = await self._source(kwargs.get("model")).aget()
+            return to_chat_result(await call.arun(engine), self._reply_source(engine, kwargs))
 
     def _stream(
         self,
@@ -106,16 +133,18 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = self._call(messages, stop, kwargs, run_manager)
-        check_streamable(call)
-        chunks = _Chunks(kwargs.get("model") or self.model, call.tools is not None)
-        handle = call.submit(self._source(kwargs.get("model")).get(), stream=True)
-        try:
-            for output in handle:
-                yield from chunks.feed(output)
-        finally:
-            if not handle.finished:
-                handle.cancel()
+        with as_langchain_errors():
+            call = self._call(messages, stop, kwargs, run_manager)
+            check_streamable(call)
+            engine = self._source(kwargs.get("model")).get()
+            handle, style = call.submit(engine, stream=True)
+            chunks = Chunks(style, self._reply_source(engine, kwargs))
+            try:
+                for output in handle:
+                    yield from chunks.feed(output)
+            finally:
+                if not handle.finished:
+                    handle.cancel()
 
     async def _astream(
         self,
@@ -124,17 +153,22 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = self._call(messages, stop, kwargs, run_manager)
-        check_streamable(call)
-        chunks = _Chunks(kwargs.get("model") or self.model, call.tools is not None)
-        handle = await call.asubmit(await self._source(kwargs.get("model")).aget(), stream=True)
-        outputs = watched(handle)
-        try:
-            async for output in outputs:
-                for chunk in chunks.feed(output):
-                    yield chunk
-        finally:
-            await outputs.aclose()
+        with as_langchain_errors():
+            call = self._call(messages, stop, kwargs, run_manager)
+            check_streamable(call)
+            engine = await self._source(kwargs.get("model")).aget()
+            handle, style = await call.asubmit(engine, stream=True)
+            chunks = Chunks(style, self._reply_source(engine, kwargs))
+            outputs = watched(handle)
+            try:
+                async for output in outputs:
+                    for chunk in chunks.feed(output):
+                        yield chunk
+            finally:
+                await outputs.aclose()
+
+    def _reply_source(self, engine: AsyncEngine, given: dict[str, Any]) -> Source:
+        return Source(engine, given.get("model") or self.model)
 
     def _streaming_disabled(self, **kwargs: Any) -> bool:
         # A listener to tokens makes `invoke` stream, too; several replies come whole, unless `stream` was called.
@@ -149,16 +183,21 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: BaseRunManager | None = None,
     ) -> Call:
         self._warn_unknown_arguments(given, _CHAT_ARGUMENTS)
-        if given.get("response_format") is not None:
-            raise InvalidRequestError("response_format: not supported yet (it needs guided decoding); leave it out")
         tools = [convert_to_openai_tool(tool) for tool in given.get("tools") or ()]
-        allowed = check_tool_choice(given.get("tool_choice"))
+        choice = parse_tool_choice(given.get("tool_choice"), tools)
+        parallel = given.get("parallel_tool_calls", self.parallel_tool_calls)
         return Call(
             params=self._call_params(stop, given),
             messages=to_template_messages(messages),
-            tools=tools if tools and allowed else None,
+            tools=tools,
+            choice=choice,
+            parallel=choice.mode != "required" if parallel is None else bool(parallel),
+            strict=bool(given.get("strict")),
+            schema=response_schema(given.get("response_format")),
+            tool_parser=given.get("tool_parser", self.tool_parser),
+            reasoning_parser=given.get("reasoning_parser", self.reasoning_parser),
             chat_template=given.get("chat_template", self.chat_template),
-            template_kwargs={**self.chat_template_kwargs, **(given.get("chat_template_kwargs") or {})},
+            template_kwargs=self._template_kwargs(given),
             timeout=given.get("timeout", self.timeout),
             share_key=given.get("share_key") or share_key(run_manager),
         )
@@ -280,31 +319,60 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
         tool_choice: str | dict[str, Any] | bool | None = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        response_format: Any = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Let the model call these tools, if it chooses to.
+        """Let the model call these tools; what it writes is held to their schemas.
 
         Args:
             tools: Functions, tools, pydantic classes or JSON schemas.
-            tool_choice: None, "auto" or "none"; others need guided decoding, which is not there yet.
+            tool_choice: None or "auto" leaves it to the model, "none" forbids calls, "any", "required" or True demands
+                one, and a name (or OpenAI's dictionary of one) demands that tool.
+            strict: Refuse a schema of which a part cannot be enforced, instead of leaving that part out.
+            parallel_tool_calls: Several calls in one reply; None: yes, unless one is demanded.
+            response_format: A JSON schema (as OpenAI takes it) that an answer without calls has to satisfy.
             **kwargs: Further arguments of each call.
 
         Raises:
-            InvalidRequestError: The tool choice is not supported yet.
+            InvalidRequestError: The choice is no tool.
         """
-        check_tool_choice(tool_choice)
-        choice = {} if tool_choice is None else {"tool_choice": tool_choice}
-        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **choice, **kwargs)
+        converted = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        parse_tool_choice(tool_choice, converted)
+        given = {
+            "tool_choice": tool_choice,
+            "strict": strict,
+            "parallel_tool_calls": parallel_tool_calls,
+            "response_format": response_format,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return self.bind(tools=converted, **given, **kwargs)
 
-    def with_structured_output(self, schema: dict[str, Any] | type, **kwargs: Any) -> NoReturn:
-        """Not supported yet.
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """A model whose replies are objects of this schema, always.
+
+        Args:
+            schema: A pydantic class, a TypedDict, a JSON schema or an OpenAI function.
+            method: "json_schema" and "json_mode" answer in JSON; "function_calling" calls the schema as a tool.
+            include_raw: Return a dictionary of `raw`, `parsed` and `parsing_error`.
+            strict: See `bind_tools`; JSON schemas are always enforced whole.
+            **kwargs: Further arguments of each call.
 
         Raises:
-            NotImplementedError: Always.
+            InvalidRequestError: The method or the schema is none that is known.
         """
-        raise NotImplementedError(
-            "with_structured_output: not supported yet (it needs guided decoding); bind_tools and an output parser work"
-        )
+        given, parser, told = bindings_and_parser(schema, method, strict)
+        model = self.bind(**given, **({"ls_structured_output_format": told} if told else {}), **kwargs)
+        return with_raw(model, parser) if include_raw else model | parser
 
     # Counting.
 
@@ -319,28 +387,9 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """The number of tokens these messages cost as a prompt, through the chat template."""
-        call = self._call(messages, None, {"tools": tools} if tools else {})
-        return len(call.tokenize(self._source().get())["prompt_token_ids"])
-
-
-class _Chunks:
-    """Turns a request's outputs into LangChain's chunks."""
-
-    def __init__(self, model: str, tools: bool) -> None:
-        self._model = model
-        self._reader = ReplyStream() if tools else None
-        self._count = 0
-
-    def feed(self, output: RequestOutput) -> Iterator[ChatGenerationChunk]:
-        """The chunks of one output."""
-        for completion in output.outputs:
-            self._count += len(completion.token_ids)
-            text = completion.text if self._reader is None else self._reader.feed(completion.text)
-            if text or completion.logprobs:
-                yield text_chunk(text, completion)
-            if completion.finished:
-                reply = Reply("") if self._reader is None else self._reader.finish()
-                yield last_chunk(output, completion, self._count, self._model, reply)
+        with as_langchain_errors():
+            call = self._call(messages, None, {"tools": tools} if tools else {})
+            return len(call.tokenize(self._source().get())["prompt_token_ids"])
 
 
 def _named_share(config: RunnableConfig | None) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import (
     AIMessage,
@@ -16,18 +17,23 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
-from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from pagedllm_core.chat.messages import template_role
-from pagedllm_core.chat.tools import Reply, parse_reply
+from pagedllm_core.chat.reply import Piece, ReplyReader, ReplyStyle, read_reply
 from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.outputs import CompletionOutput, Logprob, RequestOutput
+
+if TYPE_CHECKING:
+    from pagedllm_core.async_engine import AsyncEngine
+    from pagedllm_core.chat.adapter import Answer
 
 PROVIDER = "pagedllm"
 # LangChain merges chunks of equal index, whatever their kind; content blocks count from 0.
 _FIRST_TOOL_INDEX = 64
+_FIRST_INVALID_INDEX = 1 << 20
 _TEXT_BLOCKS = {"text", "input_text", "output_text", "text-plain"}
 _SILENT_BLOCKS = {"reasoning", "thinking", "redacted_thinking", "tool_call", "tool_use", "tool_call_chunk"}
 
@@ -109,59 +115,117 @@ def _text(content: str | list[Any], separator: str = "\n") -> str:
     return separator.join(text for text in texts if text)
 
 
-def to_chat_result(output: RequestOutput, model: str, tools: bool) -> ChatResult:
+@dataclass(frozen=True)
+class Source:
+    """Where a reply comes from.
+
+    Attributes:
+        engine: The engine, for its tokenizer and its block size.
+        model: The name the caller knows it by.
+    """
+
+    engine: AsyncEngine
+    model: str
+
+    def usage(self, output: RequestOutput, output_tokens: int, reasoning: str) -> UsageMetadata:
+        """LangChain's token counts."""
+        config, prompt_tokens, read = self.engine.config, output.metrics.prompt_tokens, output.metrics.cached_tokens
+        whole = prompt_tokens // config.block_size * config.block_size  # what a later prompt can find
+        created = max(0, whole - read) if config.enable_prefix_caching else 0
+        thought = len(self.engine.tokenizer(reasoning, add_special_tokens=False)["input_ids"]) if reasoning else 0
+        return UsageMetadata(
+            input_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            total_tokens=prompt_tokens + output_tokens,
+            input_token_details=InputTokenDetails(cache_read=read, cache_creation=created),
+            output_token_details=OutputTokenDetails(reasoning=thought),
+        )
+
+
+def to_chat_result(answer: Answer, source: Source) -> ChatResult:
     """A finished request as LangChain returns it, one generation for each reply."""
-    generations = [_generation(output, completion, model, tools) for completion in output.outputs]
+    output = answer.output
+    generations = [_generation(answer, completion, source) for completion in output.outputs]
     metrics = output.metrics
     usage = {
         "prompt_tokens": metrics.prompt_tokens,
         "completion_tokens": metrics.output_tokens,
         "total_tokens": metrics.prompt_tokens + metrics.output_tokens,
     }
-    return ChatResult(generations=generations, llm_output={"token_usage": usage, "model_name": model})
+    return ChatResult(generations=generations, llm_output={"token_usage": usage, "model_name": source.model})
 
 
-def _generation(output: RequestOutput, completion: CompletionOutput, model: str, tools: bool) -> ChatGeneration:
-    reply = parse_reply(completion.text) if tools else Reply(completion.text)
-    metadata = end_metadata(completion, model, bool(reply.tool_calls))
+def _generation(answer: Answer, completion: CompletionOutput, source: Source) -> ChatGeneration:
+    reply = read_reply(completion.text, answer.style)
+    metadata = end_metadata(completion, source.model, bool(reply.tool_calls))
     if completion.logprobs is not None:
         metadata["logprobs"] = logprobs_content(completion)
     message = AIMessage(
         content=reply.content,
+        additional_kwargs={"reasoning_content": reply.reasoning} if reply.reasoning else {},
         tool_calls=[tool_call(name=call.name, args=call.arguments, id=call.id) for call in reply.tool_calls],
         invalid_tool_calls=[
-            invalid_tool_call(name=None, args=call.text, id=call.id, error=call.error) for call in reply.invalid
+            invalid_tool_call(name=call.name, args=call.text, id=call.id, error=call.error) for call in reply.invalid
         ],
         response_metadata=metadata,
-        usage_metadata=usage_metadata(output, len(completion.token_ids)),
+        usage_metadata=source.usage(answer.output, len(completion.token_ids), reply.reasoning),
     )
     return ChatGeneration(message=message, generation_info={"finish_reason": metadata["finish_reason"]})
 
 
-def text_chunk(text: str, completion: CompletionOutput | None = None) -> ChatGenerationChunk:
-    """What is new of a streamed reply."""
-    metadata = {"logprobs": logprobs_content(completion)} if completion and completion.logprobs else {}
-    return ChatGenerationChunk(message=AIMessageChunk(content=text, response_metadata=metadata))
+class Chunks:
+    """Turns a streamed request's outputs into LangChain's chunks."""
+
+    def __init__(self, style: ReplyStyle, source: Source) -> None:
+        self._reader = ReplyReader(style)
+        self._source = source
+        self._tokens = 0
+        self._reasoning = ""
+        self._called = False
+
+    def feed(self, output: RequestOutput) -> Iterator[ChatGenerationChunk]:
+        """The chunks of one output; the last one carries usage and metadata."""
+        for completion in output.outputs:
+            self._tokens += len(completion.token_ids)
+            pieces = self._reader.feed(completion.text)
+            if completion.finished:
+                pieces += self._reader.finish()
+            metadata = {"logprobs": logprobs_content(completion)} if completion.logprobs else {}
+            if pieces or metadata:
+                yield self._chunk(pieces, metadata)
+            if completion.finished:
+                message = AIMessageChunk(
+                    content="",
+                    response_metadata=end_metadata(completion, self._source.model, self._called),
+                    usage_metadata=self._source.usage(output, self._tokens, self._reasoning),
+                    chunk_position="last",
+                )
+                yield ChatGenerationChunk(message=message)
+
+    def _chunk(self, pieces: list[Piece], metadata: dict[str, Any]) -> ChatGenerationChunk:
+        reasoning = "".join(piece.text for piece in pieces if piece.kind == "reasoning")
+        self._reasoning += reasoning
+        self._called = self._called or any(piece.kind == "call" for piece in pieces)
+        message = AIMessageChunk(
+            content="".join(piece.text for piece in pieces if piece.kind == "text"),
+            additional_kwargs={"reasoning_content": reasoning} if reasoning else {},
+            tool_call_chunks=_call_chunks(pieces),
+            response_metadata=metadata,
+        )
+        return ChatGenerationChunk(message=message)
 
 
-def last_chunk(
-    output: RequestOutput, completion: CompletionOutput, count: int, model: str, reply: Reply
-) -> ChatGenerationChunk:
-    """The end of a streamed reply: its tool calls, usage and metadata."""
-    calls = [(call.id, call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in reply.tool_calls]
-    wrong = [(call.id, None, call.text) for call in reply.invalid]
-    chunks = [
-        tool_call_chunk(name=name, args=arguments, id=identity, index=_FIRST_TOOL_INDEX + number)
-        for number, (identity, name, arguments) in enumerate([*calls, *wrong])
-    ]
-    message = AIMessageChunk(
-        content=reply.content,
-        tool_call_chunks=chunks,
-        response_metadata=end_metadata(completion, model, bool(reply.tool_calls)),
-        usage_metadata=usage_metadata(output, count),
-        chunk_position="last",
-    )
-    return ChatGenerationChunk(message=message)
+def _call_chunks(pieces: list[Piece]) -> list[ToolCallChunk]:
+    """The tool calls' news, one chunk for each call: LangChain merges those of one message with the next only."""
+    chunks: dict[int, ToolCallChunk] = {}
+    for piece in pieces:
+        if piece.kind in ("call", "arguments", "invalid"):
+            index = (_FIRST_INVALID_INDEX if piece.kind == "invalid" else _FIRST_TOOL_INDEX) + piece.index
+            chunk = chunks.setdefault(index, tool_call_chunk(name=None, args="", id=None, index=index))
+            chunk["name"] = chunk["name"] or piece.name or None
+            chunk["id"] = chunk["id"] or (piece.id if piece.kind == "call" else None)
+            chunk["args"] = (chunk["args"] or "") + piece.text
+    return list(chunks.values())
 
 
 def end_metadata(completion: CompletionOutput, model: str, called: bool) -> dict[str, Any]:
@@ -172,17 +236,6 @@ def end_metadata(completion: CompletionOutput, model: str, called: bool) -> dict
         "finish_reason": "tool_calls" if called and completion.finish_reason == "stop" else completion.finish_reason,
         "stop_reason": completion.stop_reason,
     }
-
-
-def usage_metadata(output: RequestOutput, output_tokens: int) -> UsageMetadata:
-    """LangChain's token counts."""
-    prompt_tokens = output.metrics.prompt_tokens
-    return UsageMetadata(
-        input_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        total_tokens=prompt_tokens + output_tokens,
-        input_token_details=InputTokenDetails(cache_read=output.metrics.cached_tokens),
-    )
 
 
 def logprobs_content(completion: CompletionOutput) -> dict[str, Any]:

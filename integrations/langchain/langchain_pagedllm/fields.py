@@ -15,7 +15,7 @@ from pagedllm_core.params import SamplingParams
 
 # Arguments that LangChain or code written for other providers passes along; they ask for nothing here.
 IGNORED_PER_CALL = frozenset({
-    "stream", "strict", "parallel_tool_calls", "ls_structured_output_format", "structured_output_format", "user",
+    "stream", "ls_structured_output_format", "structured_output_format", "user",
     "api_key", "max_retries",
 })  # fmt: skip
 

@@ -44,7 +44,7 @@ class PagedLLM(PagedModel, BaseLLM):
         handles = []
         try:
             for prompt in prompts:
-                handles.append(self._call(prompt, stop, kwargs, key).submit(engine, stream=False))
+                handles.append(self._call(prompt, stop, kwargs, key).submit(engine, stream=False).handle)
             return self._result([wait(handle) for handle in handles], kwargs)
         finally:
             for handle in handles:
@@ -63,7 +63,7 @@ class PagedLLM(PagedModel, BaseLLM):
         handles = []
         try:
             for prompt in prompts:
-                handles.append(await self._call(prompt, stop, kwargs, key).asubmit(engine, stream=False))
+                handles.append((await self._call(prompt, stop, kwargs, key).asubmit(engine, stream=False)).handle)
             return self._result([await handle.aresult() for handle in handles], kwargs)
         finally:
             for handle in handles:
@@ -79,7 +79,7 @@ class PagedLLM(PagedModel, BaseLLM):
     ) -> Iterator[GenerationChunk]:
         call = self._call(prompt, stop, kwargs, share_key(run_manager))
         check_streamable(call)
-        handle = call.submit(self._source(kwargs.get("model")).get(), stream=True)
+        handle = call.submit(self._source(kwargs.get("model")).get(), stream=True).handle
         try:
             for output in handle:
                 for completion in output.outputs:
@@ -100,7 +100,8 @@ class PagedLLM(PagedModel, BaseLLM):
     ) -> AsyncIterator[GenerationChunk]:
         call = self._call(prompt, stop, kwargs, share_key(run_manager))
         check_streamable(call)
-        outputs = watched(await call.asubmit(await self._source(kwargs.get("model")).aget(), stream=True))
+        engine = await self._source(kwargs.get("model")).aget()
+        outputs = watched((await call.asubmit(engine, stream=True)).handle)
         try:
             async for output in outputs:
                 for completion in output.outputs:

@@ -32,7 +32,7 @@ from llama_index_instrumentation.dispatcher import active_instrument_tags
 
 from pagedllm_core.chat.adapter import Call, EngineSource, watched
 from pagedllm_core.chat.fields import AdapterFields
-from pagedllm_core.chat.tools import check_tool_choice
+from pagedllm_core.chat.tools import tool_choice as parse_tool_choice
 from pagedllm_core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -40,11 +40,12 @@ if TYPE_CHECKING:
 
     from pagedllm_core.streams import RequestHandle
 
-_CHAT_ARGUMENTS = frozenset({"tools", "tool_choice", "chat_template", "chat_template_kwargs", "response_format"})
+_CHAT_ARGUMENTS = frozenset({
+    "tools", "tool_choice", "chat_template", "chat_template_kwargs", "response_format", "parallel_tool_calls",
+    "tool_parser", "reasoning_parser", "reasoning",
+})  # fmt: skip
 # Arguments that code written for other providers passes along; they ask for nothing here.
-_IGNORED = frozenset(
-    {"parallel_tool_calls", "stream", "extra_headers", "extra_query", "extra_body", "user", "formatted"}
-)
+_IGNORED = frozenset({"stream", "extra_headers", "extra_query", "extra_body", "user", "formatted"})
 
 
 class PagedLLM(AdapterFields, FunctionCallingLLM):
@@ -97,15 +98,15 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
         call = self._chat_call(messages, kwargs)
-        output = call.run(self._source(kwargs.get("model")).get())
-        return to_chat_response(output, kwargs.get("model") or self.model, call.tools is not None)
+        answer = call.run(self._source(kwargs.get("model")).get())
+        return to_chat_response(answer, kwargs.get("model") or self.model)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation; cancelling the task frees its memory."""
         call = self._chat_call(messages, kwargs)
-        output = await call.arun(await self._source(kwargs.get("model")).aget())
-        return to_chat_response(output, kwargs.get("model") or self.model, call.tools is not None)
+        answer = await call.arun(await self._source(kwargs.get("model")).aget())
+        return to_chat_response(answer, kwargs.get("model") or self.model)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -123,16 +124,16 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt."""
         source = self._source(kwargs.get("model"))
-        output = self._completion_call(source, prompt, formatted, kwargs).run(source.get())
-        return to_completion_response(output, kwargs.get("model") or self.model)
+        answer = self._completion_call(source, prompt, formatted, kwargs).run(source.get())
+        return to_completion_response(answer.output, kwargs.get("model") or self.model)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt; cancelling the task frees its memory."""
         source = self._source(kwargs.get("model"))
         engine = await source.aget()
-        output = await self._completion_call(source, prompt, formatted, kwargs).arun(engine)
-        return to_completion_response(output, kwargs.get("model") or self.model)
+        answer = await self._completion_call(source, prompt, formatted, kwargs).arun(engine)
+        return to_completion_response(answer.output, kwargs.get("model") or self.model)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
@@ -158,8 +159,8 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         return responses()
 
     def _stream(self, call: Call, given: dict[str, Any]) -> ChatResponseGen:
-        handle = call.submit(self._source(given.get("model")).get(), stream=True)
-        return self._responses(handle, ChatStream(given.get("model") or self.model, call.tools is not None))
+        handle, style = call.submit(self._source(given.get("model")).get(), stream=True)
+        return self._responses(handle, ChatStream(given.get("model") or self.model, style))
 
     @staticmethod
     def _responses(handle: RequestHandle, stream: ChatStream) -> ChatResponseGen:
@@ -171,8 +172,8 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
                 handle.cancel()
 
     async def _astream(self, call: Call, given: dict[str, Any]) -> ChatResponseAsyncGen:
-        handle = await call.asubmit(await self._source(given.get("model")).aget(), stream=True)
-        return self._aresponses(handle, ChatStream(given.get("model") or self.model, call.tools is not None))
+        handle, style = await call.asubmit(await self._source(given.get("model")).aget(), stream=True)
+        return self._aresponses(handle, ChatStream(given.get("model") or self.model, style))
 
     @staticmethod
     async def _aresponses(handle: RequestHandle, stream: ChatStream) -> ChatResponseAsyncGen:
@@ -189,14 +190,19 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         to_prompt: Any = self.messages_to_prompt
         if to_prompt is not default_messages_to_prompt:
             return self._raw_call(to_prompt(messages), given)
-        tools = given.get("tools") or None
-        allowed = check_tool_choice(given.get("tool_choice"))
+        tools = given.get("tools") or ()
+        choice = parse_tool_choice(given.get("tool_choice"), tools)
+        parallel = given.get("parallel_tool_calls", self.parallel_tool_calls)
         return Call(
             params=self._sampling(given),
             messages=to_template_messages(messages),
-            tools=tools if allowed else None,
+            tools=tools,
+            choice=choice,
+            parallel=choice.mode != "required" if parallel is None else bool(parallel),
+            tool_parser=given.get("tool_parser", self.tool_parser),
+            reasoning_parser=given.get("reasoning_parser", self.reasoning_parser),
             chat_template=given.get("chat_template", self.chat_template),
-            template_kwargs={**self.chat_template_kwargs, **(given.get("chat_template_kwargs") or {})},
+            template_kwargs=self._template_kwargs(given),
             timeout=given.get("timeout", self.timeout),
             share_key=_share_key(given),
         )
@@ -220,7 +226,7 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         given = self._by_own_names(kwargs)
         self._warn_unknown_arguments(given, _CHAT_ARGUMENTS | _IGNORED)
         if given.get("response_format") is not None:
-            raise InvalidRequestError("response_format: not supported yet (it needs guided decoding); leave it out")
+            raise InvalidRequestError("response_format: not supported yet; leave it out, structured_predict works")
         if given.get("n", self.n) != 1:
             n = given.get("n", self.n)
             raise InvalidRequestError(f"n={n}: a response carries one reply; use n=1, and best_of for the beams' width")
@@ -239,15 +245,19 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         tool_choice: str | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        if tool_required:
-            raise InvalidRequestError(
-                "tool_required=True: not supported yet (it needs guided decoding); leave it out and the model chooses"
-            )
-        check_tool_choice(tool_choice)
         messages = list(chat_history or ())
         if user_msg is not None:
             messages.append(ChatMessage(content=user_msg) if isinstance(user_msg, str) else user_msg)
-        prepared = {"messages": messages, "tools": [tool.metadata.to_openai_tool() for tool in tools], **kwargs}
+        converted = [tool.metadata.to_openai_tool() for tool in tools]
+        if tool_choice is None and tool_required and converted:
+            tool_choice = "required"
+        parse_tool_choice(tool_choice, converted)
+        prepared = {
+            "messages": messages,
+            "tools": converted,
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
+        }
         return prepared if tool_choice is None else {**prepared, "tool_choice": tool_choice}
 
     def _validate_chat_with_tools_response(

@@ -20,8 +20,10 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
+from pagedllm_core.chat.adapter import Answer
 from pagedllm_core.chat.messages import template_role
-from pagedllm_core.chat.tools import Reply, ReplyStream, ToolCall, parse_reply
+from pagedllm_core.chat.reply import Piece, ReplyReader, ReplyStyle, collect, read_reply
+from pagedllm_core.chat.tools import ToolCall
 from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.outputs import CompletionOutput, Logprob, RequestOutput
 
@@ -87,12 +89,13 @@ def _call_from_extra(call: Any) -> dict[str, Any]:
     return _openai_call(plain.get("id"), function["name"], function.get("arguments") or {})
 
 
-def to_chat_response(output: RequestOutput, model: str, tools: bool) -> ChatResponse:
+def to_chat_response(answer: Answer, model: str) -> ChatResponse:
     """A finished request."""
+    output = answer.output
     completion = output.outputs[0]
-    reply = parse_reply(completion.text) if tools else Reply(completion.text)
+    reply = read_reply(completion.text, answer.style)
     usage = _usage(output)
-    message = _message(reply.content or ("" if reply.tool_calls else completion.text), reply.tool_calls)
+    message = _message(reply.content, reply.tool_calls)
     return ChatResponse(
         message=message,
         raw=_raw(output, completion, model, message, usage, bool(reply.tool_calls)),
@@ -116,20 +119,21 @@ def to_completion_response(output: RequestOutput, model: str) -> CompletionRespo
 class ChatStream:
     """Turns a streamed request's outputs into responses that hold the reply so far, and what is new."""
 
-    def __init__(self, model: str, tools: bool) -> None:
+    def __init__(self, model: str, style: ReplyStyle) -> None:
         self._model = model
-        self._reader = ReplyStream() if tools else None
+        self._reader = ReplyReader(style)
+        self._pieces: list[Piece] = []
         self._text = ""
 
     def feed(self, output: RequestOutput) -> Iterator[ChatResponse]:
         """The responses of one output; the last one carries the tool calls and the usage."""
         for completion in output.outputs:
-            delta, calls = completion.text, []
-            if self._reader is not None:
-                delta = self._reader.feed(delta)
-                if completion.finished:
-                    rest = self._reader.finish()
-                    delta, calls = delta + rest.content, rest.tool_calls
+            pieces = self._reader.feed(completion.text)
+            if completion.finished:
+                pieces += self._reader.finish()
+            self._pieces += pieces
+            delta = "".join(piece.text for piece in pieces if piece.kind == "text")
+            calls = collect(self._pieces).tool_calls if completion.finished else []
             self._text += delta
             if not (delta or completion.finished or completion.logprobs):
                 continue

@@ -1,0 +1,106 @@
+"""Structured output: from a schema in any of LangChain's forms to what a call binds, and to the parser of its reply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any
+
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import AIMessage
+from langchain_core.output_parsers import (
+    JsonOutputKeyToolsParser,
+    JsonOutputParser,
+    PydanticOutputParser,
+    PydanticToolsParser,
+)
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+
+from pagedllm_core.errors import InvalidRequestError
+
+METHODS = ("json_schema", "function_calling", "json_mode")
+
+
+def response_schema(response_format: Any) -> Mapping[str, Any] | None:
+    """The JSON schema that a `response_format` asks for; None where it asks for text.
+
+    Raises:
+        InvalidRequestError: It is in no form that is known.
+    """
+    if response_format is None:
+        return None
+    if isinstance(response_format, type):
+        return _json_schema(response_format)
+    if isinstance(response_format, Mapping):
+        kind = response_format.get("type")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            schema = response_format.get("schema")
+            return schema if isinstance(schema, Mapping) else {"type": "object"}
+        if kind == "json_schema":
+            inner = response_format.get("json_schema", response_format)
+            if isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):
+                return dict(inner["schema"])
+    raise InvalidRequestError(
+        f"response_format={str(response_format)!r:.80}: use "
+        '{"type": "json_schema", "json_schema": {"schema": ...}}, {"type": "json_object"} or a pydantic class'
+    )
+
+
+def _json_schema(schema: Any) -> dict[str, Any]:
+    try:
+        converted: dict[str, Any] = convert_to_json_schema(schema)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidRequestError(f"schema={str(schema)!r:.80}: has no JSON schema ({error})") from None
+    return converted
+
+
+def bindings_and_parser(
+    schema: Any, method: str, strict: bool | None
+) -> tuple[dict[str, Any], Runnable[AIMessage, Any], dict[str, Any]]:
+    """What `with_structured_output` needs.
+
+    Returns:
+        Arguments of each call (`tools` and `tool_choice`, or `response_format`), the parser of its reply, and what
+        traces are told.
+
+    Raises:
+        InvalidRequestError: The method or the schema is none that is known.
+    """
+    if method not in METHODS:
+        raise InvalidRequestError(f"method={method!r}: use one of {', '.join(METHODS)}")
+    is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
+    if schema is None:
+        if method != "json_mode":
+            raise InvalidRequestError(f"schema=None: method={method!r} needs a schema; only json_mode goes without")
+        return {"response_format": {"type": "json_object"}}, JsonOutputParser(), {}
+    told = {"kwargs": {"method": method, **({} if strict is None else {"strict": strict})}, "schema": schema}
+    if method == "function_calling":
+        tool = convert_to_openai_tool(schema)
+        name = tool["function"]["name"]
+        parser: Runnable[AIMessage, Any] = (
+            PydanticToolsParser(tools=[schema], first_tool_only=True)
+            if is_class
+            else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+        )
+        return {"tools": [tool], "tool_choice": name, "strict": True if strict is None else strict}, parser, told
+    converted = _json_schema(schema)
+    name = str(converted.get("title", "answer"))
+    response_format = {"type": "json_schema", "json_schema": {"name": name, "schema": converted, "strict": True}}
+    return (
+        {"response_format": response_format},
+        PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser(),
+        told,
+    )
+
+
+def with_raw(
+    model: Runnable[LanguageModelInput, AIMessage], parser: Runnable[AIMessage, Any]
+) -> Runnable[LanguageModelInput, dict[str, Any]]:
+    """The reply itself, what was parsed of it, and the error where that failed."""
+    parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+    failed = RunnablePassthrough.assign(parsed=lambda _: None)
+    return RunnableMap(raw=model) | parsed.with_fallbacks([failed], exception_key="parsing_error")
