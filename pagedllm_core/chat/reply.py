@@ -69,7 +69,7 @@ class ReplyReader:
     style: ReplyStyle
     _held: str = ""
     _mode: str = "start"
-    _begun: bool = False  # some text of this part was passed on
+    _leading: bool = False  # white space that comes now is no part of the text
     _calls: int = 0
     _current: ToolCall | None = None
     _place: int = 0  # how much of the held call was passed on, within its arguments
@@ -103,54 +103,62 @@ class ReplyReader:
                     return False
                 return self._go("open")
             self._held = rest[len(reasoning.begin) :]
-        return self._go("open" if reasoning is None else "reasoning")
+        return self._go("open") if reasoning is None else self._go("reasoning", leading=True)
 
     def _read_reasoning(self, last: bool) -> bool:
         end = self.style.reasoning.end if self.style.reasoning else ""
         place = self._held.find(end)
         if place < 0:
-            self._pass_on("reasoning", len(self._held) if last else len(self._held) - partial(self._held, end), last)
+            self._pass_rest("reasoning", end, last)
             return False
-        self._pass_on("reasoning", place, ended=True)
-        self._held = self._held[len(end) :].lstrip()
-        return self._go("open")
+        self._pass_on("reasoning", place, "cut")
+        self._held = self._held[len(end) :]
+        return self._go("open", leading=True)
 
     def _read_open(self, last: bool) -> bool:
         """Before the first character of the answer: a brace may begin a call."""
         tools = self.style.tools
-        if not self._held.strip() and not last:
-            return False
-        if tools is not None and not tools.begin and self._held.lstrip().startswith("{"):
-            return self._go("call")
-        return self._go("text")
+        if tools is not None and not tools.begin:
+            if not self._held.strip() and not last:
+                return False
+            if self._held.lstrip().startswith("{"):
+                return self._go("call", self._leading)
+        return self._go("text", self._leading)
 
     def _read_text(self, last: bool) -> bool:
         tools = self.style.tools
         tag = tools.begin.strip() if tools else ""
-        if not tag:
-            self._pass_on("text", len(self._held), last)
-            return False
-        place = self._held.find(tag)
+        place = self._held.find(tag) if tag else -1
         if place < 0:
-            self._pass_on("text", len(self._held) if last else len(self._held) - partial(self._held, tag), last)
+            self._pass_rest("text", tag, last)
             return False
-        self._pass_on("text", place, ended=True)
+        self._pass_on("text", place, "cut")
         self._held = self._held[len(tag) :]
         return self._go("call")
 
-    def _pass_on(self, kind: Literal["text", "reasoning"], count: int, ended: bool) -> None:
-        """Pass on the first characters that are held, without white space around reasoning and before calls."""
+    def _pass_rest(self, kind: Literal["text", "reasoning"], tag: str, last: bool) -> None:
+        """All that is held, but for what the tag may begin with."""
+        held_back = 0 if last or not tag else partial(self._held, tag)
+        self._pass_on(kind, len(self._held) - held_back, "last" if last else "open")
+
+    def _pass_on(self, kind: Literal["text", "reasoning"], count: int, ending: Literal["open", "cut", "last"]) -> None:
+        """Pass on the first characters that are held.
+
+        White space around reasoning and around calls is no part of the text; where more may come it is held. A text
+        without either is left as it is.
+        """
         text, self._held = self._held[:count], self._held[count:]
-        if kind == "reasoning" and not self._begun:
+        if self._leading:
             text = text.lstrip()
-        kept = text.rstrip() if kind == "reasoning" or (self.style.tools and self.style.tools.begin) else text
-        if not ended:
+        calls = self.style.tools is not None and bool(self.style.tools.begin)
+        kept = text.rstrip()
+        if ending == "open" and (kind == "reasoning" or calls):
             self._held = text[len(kept) :] + self._held
             text = kept
-        elif kind == "reasoning" or self._held:
+        elif ending == "cut" or kind == "reasoning" or self._calls:
             text = kept
         if text:
-            self._begun = True
+            self._leading = False
             self._pieces.append(Piece(kind, text))
 
     def _read_call(self, last: bool) -> bool:
@@ -177,12 +185,12 @@ class ReplyReader:
             call = as_call(value)
         except ValueError as error:
             if tools is not None and not tools.begin:
-                return self._go("text")  # JSON that is no call is an answer
+                return self._go("text", self._leading)  # JSON that is no call is an answer
             self._held = body[end:]
             self._fail(body[:end], str(error))
             return self._after()
         if tools is not None and not tools.begin and self.style.names and call.name not in self.style.names:
-            return self._go("text")
+            return self._go("text", self._leading)
         self._held = body[end:]
         arguments = json.dumps(call.arguments, ensure_ascii=False)
         self._pieces += [
@@ -205,11 +213,9 @@ class ReplyReader:
         if self._current is None:
             return False
         start, text = self._place, self._held
-        while self._place < len(text):
+        while self._place < len(text) and (self._depth or not self._place):
             self._scan(text[self._place])
             self._place += 1
-            if self._depth == 0:
-                break
         if self._place > start:
             piece = Piece("arguments", text[start : self._place], index=self._calls, id=self._current.id)
             self._pieces.append(piece)
@@ -260,10 +266,10 @@ class ReplyReader:
             return False
         self._held = rest
         again = rest.startswith("{") and (not tools.begin or not tools.each)
-        return self._go("call" if again else "text")
+        return self._go("call" if again else "text", leading=True)
 
-    def _go(self, mode: str) -> bool:
-        self._mode, self._begun = mode, False
+    def _go(self, mode: str, leading: bool = False) -> bool:
+        self._mode, self._leading = mode, leading
         return True
 
 

@@ -74,7 +74,10 @@ class Vocabulary:
                 return path
             if known and self.completes(matcher, known):
                 return path + known
-            tokens = matcher.compute_ff_tokens() or self._end(matcher, visits)
+            tokens = matcher.compute_ff_tokens()
+            # What the tokenizer makes a special token of, in a text that is meant as such, is written by characters.
+            if not tokens or matcher.validate_tokens(tokens) < len(tokens):
+                tokens = self._end(matcher, visits)
             if not tokens or not matcher.consume_tokens(tokens):
                 return None
             path += tokens

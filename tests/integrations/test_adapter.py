@@ -24,7 +24,7 @@ async def freed(engine) -> bool:
 
 async def test_a_reader_that_is_cancelled_elsewhere_ends_its_request():
     engine = get_engine(model="tiny")
-    outputs = watched(await ENDLESS.asubmit(engine, stream=True))
+    outputs = watched((await ENDLESS.asubmit(engine, stream=True)).handle)
     read = asyncio.Event()
 
     async def reader():
@@ -42,7 +42,7 @@ async def test_a_reader_that_is_cancelled_elsewhere_ends_its_request():
 async def test_a_task_for_each_output_is_no_sign_of_leaving():
     engine = get_engine(model="tiny")
     call = Call(params=SamplingParams(max_tokens=8, min_tokens=8), prompt="Hi")
-    outputs, count = watched(await call.asubmit(engine, stream=True)), 0
+    outputs, count = watched((await call.asubmit(engine, stream=True)).handle), 0
     while True:
         try:
             output = await asyncio.create_task(outputs.__anext__())

@@ -1,4 +1,4 @@
-"""What a newcomer runs first: the quickstart and its notebook."""
+"""What a newcomer runs first: the quickstart, its notebook, and the other examples."""
 
 from __future__ import annotations
 
@@ -23,9 +23,15 @@ def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the quickstart prints, run from an empty directory."""
-    run = run_python(str(ROOT / "examples" / "quickstart.py"), cwd=tmp_path_factory.mktemp("empty"))
+    """What the quickstart prints."""
+    return output_of("quickstart.py", tmp_path_factory.mktemp("empty"))
+
+
+def output_of(example: str, cwd: Path) -> str:
+    """What an example prints, run from a directory that is not its own."""
+    run = run_python(str(ROOT / "examples" / example), cwd=cwd)
     assert run.returncode == 0, run.stderr
+    assert "100%" in run.stderr, "the progress bar gets to its end"
     return run.stdout
 
 
@@ -61,3 +67,31 @@ def test_notebook() -> None:
     pictures = [output["data"].get("text/html", "") for cell in notebook.cells for output in cell.get("outputs", [])
                 if output.output_type == "execute_result"]  # fmt: skip
     assert any("KV blocks after step" in picture for picture in pictures)
+
+
+def test_agents_call_tools_in_parallel(tmp_path: Path) -> None:
+    text = output_of("agent_parallel_tools.py", tmp_path)
+    assert len(re.findall(r"^  get_(weather|train)\(\w+\) .*-> .", text, re.MULTILINE)) == 12
+    assert figure(r"calls with the right city\s+(\d+) of 12", text) >= 0
+    assert figure(r"most tools at once\s+(\d+)", text) > 1
+    assert figure(r"largest batch\s+(\d+)", text) > 1
+
+
+def test_leaflets_are_mapped_and_reduced(tmp_path: Path) -> None:
+    text = output_of("map_reduce_summaries.py", tmp_path)
+    leaflets = [path.read_text(encoding="utf-8") for path in (ROOT / "examples" / "clinic" / "leaflets").glob("*.txt")]
+    printed, overview = (re.findall(r"^\S.*\n((?:  .*\n)+)", part, re.MULTILINE) for part in text.split("Overview"))
+    chosen = [" ".join(lines.split()) for lines in printed]
+    assert len(chosen) == len(leaflets) == figure(r"leaflets\s+(\d+)", text)
+    assert all(sum(sentence in leaflet for leaflet in leaflets) == 1 for sentence in chosen)
+    assert len(overview) == 3
+    assert {" ".join(lines.split()) for lines in overview} <= set(chosen)
+    assert figure(r"largest batch\s+(\d+)", text) > 1
+
+
+def test_messages_become_bookings(tmp_path: Path) -> None:
+    text = output_of("structured_extraction.py", tmp_path)
+    assert len(re.findall(r"^ *\d+  \S.*day\b.*\d\d:\d\d", text, re.MULTILINE)) == 32
+    assert figure(r"valid bookings\s+(\d+) of 32", text) == 32
+    assert figure(r"all four right\s+(\d+) of 32", text) <= figure(r"right name\s+(\d+) of 32", text)
+    assert figure(r"largest batch\s+(\d+)", text) > 1

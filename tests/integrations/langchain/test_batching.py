@@ -1,4 +1,4 @@
-"""Calls that come at once, through whatever door, are answered in one batch."""
+"""Calls that come at once are answered in one batch; test_doors.py has a table of all the ways to send them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import threading
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import HumanMessage
-from langchain_core.output_parsers import StrOutputParser
-from langchain_core.prompts import ChatPromptTemplate
-from langchain_pagedllm import ChatPagedLLM, PagedLLM
+from langchain_pagedllm import ChatPagedLLM
 
 from pagedllm_core import get_engine, list_engines
 from pagedllm_core.errors import InvalidRequestError
@@ -105,39 +103,12 @@ def generate(chat, runs):
 
 
 @pytest.mark.parametrize("door", [batch, batch_as_completed, generate])
-def test_blocking_doors_send_everything_at_once(door):
+def test_each_call_of_a_batch_is_a_run(door):
     runs = Runs()
     replies = door(ChatPagedLLM(model="tiny", **SHORT), runs)
     assert [reply.usage_metadata["output_tokens"] for reply in replies] == [24] * 24
-    assert largest_batch() == 24
     assert len(set(runs.started)) == 24
     assert sorted(runs.started) == sorted(runs.ended)
-
-
-def test_a_chain_s_batch_sends_everything_at_once():
-    chat = ChatPagedLLM(model="tiny", **SHORT)
-    prompt = ChatPromptTemplate.from_messages([("human", "{question}")])
-    texts = (prompt | chat | StrOutputParser()).batch([{"question": question} for question in questions(24)])
-    assert len(texts) == 24
-    assert largest_batch() == 24
-
-
-async def test_abatch_sends_everything_at_once():
-    replies = await ChatPagedLLM(model="tiny", **SHORT).abatch(questions(24))
-    assert len(replies) == 24
-    assert largest_batch() == 24
-
-
-def test_raw_completion_sends_everything_at_once():
-    texts = PagedLLM(model="tiny", **SHORT).batch(questions(24))
-    assert len(texts) == 24
-    assert largest_batch() == 24
-
-
-def test_max_concurrency_is_respected():
-    chat = ChatPagedLLM(model="tiny", max_tokens=16, min_tokens=16)
-    assert len(chat.batch(questions(8), {"max_concurrency": 2})) == 8
-    assert largest_batch() <= 2
 
 
 def test_replies_of_a_batch_are_those_of_single_calls():

@@ -295,21 +295,6 @@ def test_tool_calls_are_read_from_the_reply(chat, monkeypatch, streamed):
     assert (plain.content, plain.tool_calls) == (SCRIPT, [])
 
 
-def test_tool_choices(chat):
-    with pytest.raises(InvalidRequestError, match="tool_choice='any': not supported yet"):
-        chat.bind_tools([add], tool_choice="any")
-    without = chat.bind_tools([add], tool_choice="none").invoke(QUESTION).usage_metadata["input_tokens"]
-    assert without == chat.invoke(QUESTION).usage_metadata["input_tokens"]
-    assert chat.bind_tools([]).invoke(QUESTION).tool_calls == []
-
-
-def test_structured_output_says_that_it_is_not_there_yet(chat):
-    with pytest.raises(NotImplementedError, match="with_structured_output: not supported yet"):
-        chat.with_structured_output({"title": "x", "type": "object"})
-    with pytest.raises(InvalidRequestError, match="response_format: not supported yet"):
-        chat.invoke(QUESTION, response_format={"type": "json_object"})
-
-
 def test_raw_completion():
     llm = PagedLLM(model="tiny", max_tokens=6, min_tokens=6, dtype="float32")
     result = llm.generate(["One", "Two"])

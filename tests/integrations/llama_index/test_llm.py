@@ -253,11 +253,12 @@ def test_tools_are_in_the_prompt_and_the_history_is_left_alone(llm):
             llm.get_tool_calls_from_response(unused)
 
 
-def test_forced_tools_are_refused_for_now(llm):
-    with pytest.raises(InvalidRequestError, match="tool_required=True: not supported yet"):
-        llm.chat_with_tools([TOOL], user_msg=QUESTION, tool_required=True)
-    with pytest.raises(InvalidRequestError, match="tool_choice='add': not supported yet"):
-        llm.chat_with_tools([TOOL], user_msg=QUESTION, tool_choice="add")
+@pytest.mark.parametrize("demand", [{"tool_required": True}, {"tool_choice": "add"}])
+def test_forced_tools_are_called(llm, demand):
+    response = llm.chat_with_tools([TOOL], user_msg=QUESTION, max_tokens=60, **demand)
+    (call,) = llm.get_tool_calls_from_response(response)
+    assert call.tool_name == "add"
+    assert {type(value) for value in call.tool_kwargs.values()} == {int}
 
 
 def test_copies_and_pickles_carry_the_configuration(llm):

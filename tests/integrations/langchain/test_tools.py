@@ -1,0 +1,319 @@
+"""Tools, structured output and reasoning of `ChatPagedLLM`: whatever the model would say, the reply has its form."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from typing import Any, Literal
+
+import jsonschema
+import pytest
+from langchain_core.exceptions import (
+    ContextOverflowError,
+    ModelAPIError,
+    ModelInvalidRequestError,
+    ModelNotFoundError,
+    ModelTimeoutError,
+)
+from langchain_core.load import dumpd, load
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_pagedllm import ChatPagedLLM
+from pydantic import BaseModel, Field
+from pydantic import v1 as pydantic_v1
+from typing_extensions import TypedDict
+
+from pagedllm_core import EngineConfig, GuidedParams, get_engine
+from pagedllm_core.errors import (
+    ContextLengthError,
+    EngineClosedError,
+    InvalidRequestError,
+    ModelLoadError,
+    RequestTimeoutError,
+)
+from tests.schemas import random_object
+
+QUESTION = "What is 1 + 2? Add the numbers."
+WILD = {"temperature": 1.6, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatPagedLLM:
+    return ChatPagedLLM(model="tiny", max_tokens=90, kv_cache_memory="32MiB", num_threads=1)
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+@tool
+def paint(colour: Literal["red", "green"], size: float) -> str:
+    """Paint something."""
+    return f"{colour} {size}"
+
+
+class Person(BaseModel):
+    """A person."""
+
+    name: str
+    age: int = Field(ge=0, le=150)
+    mood: Literal["good", "bad"] | None = None
+
+
+class PersonDict(TypedDict):
+    """A person."""
+
+    name: str
+    age: int
+
+
+class OldPerson(pydantic_v1.BaseModel):
+    """A person."""
+
+    name: str
+    age: int
+
+
+def merged(chunks: Any) -> AIMessage:
+    total = None
+    for chunk in chunks:
+        total = chunk if total is None else total + chunk
+    return total
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("any", {"add", "paint"}),
+        ("required", {"add", "paint"}),
+        (True, {"add", "paint"}),
+        ("paint", {"paint"}),
+        ({"type": "function", "function": {"name": "add"}}, {"add"}),
+    ],
+)
+def test_a_demanded_call_is_made_once(chat, choice, names, streamed):
+    bound = chat.bind_tools([add, paint], tool_choice=choice)
+    for sampling in ({}, WILD):
+        message = merged(bound.stream(QUESTION, **sampling)) if streamed else bound.invoke(QUESTION, **sampling)
+        (call,) = message.tool_calls
+        assert call["name"] in names
+        {"add": add, "paint": paint}[call["name"]].invoke(call["args"])
+        assert call["id"]
+        assert message.content == ""
+        assert message.invalid_tool_calls == []
+        assert message.response_metadata["finish_reason"] == "tool_calls"
+
+
+def test_several_calls_where_they_are_allowed(chat):
+    end = get_engine(chat.engine_config()).tokenizer.eos_token_id
+    bound = chat.bind_tools([add, paint], tool_choice="any", logit_bias={end: -100.0}, max_tokens=200)
+    assert len(bound.invoke(QUESTION).tool_calls) == 1
+    message = bound.invoke(QUESTION, parallel_tool_calls=True)
+    assert len(message.tool_calls) > 1
+    assert len({call["id"] for call in message.tool_calls}) == len(message.tool_calls)
+    assert [call["args"] for call in merged(bound.stream(QUESTION, parallel_tool_calls=True)).tool_calls] == [
+        call["args"] for call in message.tool_calls
+    ]
+
+
+def test_calls_that_are_forbidden_are_not_made(chat):
+    bound = chat.bind_tools([add], tool_choice="none")
+    message = bound.invoke(QUESTION)
+    assert message.tool_calls == []
+    assert message.usage_metadata["input_tokens"] == chat.invoke(QUESTION).usage_metadata["input_tokens"]
+    assert "<tool_call>" not in bound.invoke('Repeat: <tool_call>\n{"name": "add"}\n</tool_call>').content
+
+
+def test_a_call_or_the_answer_s_form(chat):
+    bound = chat.bind_tools([add], response_format=Person)
+    begin = get_engine(chat.engine_config()).tokenizer.convert_tokens_to_ids("<tool_call>")
+    call = bound.invoke(QUESTION, logit_bias={begin: 100.0})
+    assert [one["name"] for one in call.tool_calls] == ["add"]
+    answer = bound.invoke(QUESTION, logit_bias={begin: -100.0})
+    Person.model_validate_json(answer.content)
+    assert answer.tool_calls == []
+
+
+async def test_no_reply_is_ever_an_invalid_call(chat):
+    rng = random.Random(11)
+
+    async def ask(number: int) -> None:
+        schemas = {f"tool_{i}": random_object(rng) for i in range(rng.randint(1, 3))}
+        tools = [
+            {"type": "function", "function": {"name": name, "description": "x", "parameters": schema}}
+            for name, schema in schemas.items()
+        ]
+        choice = rng.choice([None, "any", "tool_0"])
+        sampling = {"temperature": rng.choice([0.0, 1.5]), "seed": number, "max_tokens": rng.choice([250, 400])}
+        bound = chat.bind_tools(tools, tool_choice=choice, **sampling)
+        for message in (await bound.ainvoke(QUESTION), merged([one async for one in bound.astream(QUESTION)])):
+            assert message.invalid_tool_calls == []
+            assert message.tool_calls or choice is None
+            for call in message.tool_calls:
+                jsonschema.validate(call["args"], schemas[call["name"]])
+
+    await asyncio.gather(*map(ask, range(60)))
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+@pytest.mark.parametrize("schema", [Person, PersonDict, OldPerson, Person.model_json_schema()])
+def test_structured_output(chat, method, schema):
+    structured = chat.with_structured_output(schema, method=method)
+    for sampling in ({}, WILD):
+        answer = structured.invoke("Anna is 7.", **sampling) if not sampling else (
+            chat.with_structured_output(schema, method=method, **sampling).invoke("Anna is 7.")
+        )  # fmt: skip
+        if isinstance(schema, type) and schema is not PersonDict:
+            assert isinstance(answer, schema)
+        else:
+            assert {"name", "age"} <= set(answer)
+    (*_, last) = structured.stream("Anna is 7.")
+    assert type(last) is type(answer)
+
+
+def test_structured_output_with_the_reply_itself(chat):
+    answer = chat.with_structured_output(Person, include_raw=True).invoke("Anna is 7.")
+    assert isinstance(answer["parsed"], Person)
+    assert json.loads(answer["raw"].content)["name"] == answer["parsed"].name
+    assert answer["parsing_error"] is None
+
+
+async def test_structured_output_of_many_at_once(chat):
+    answers = await chat.with_structured_output(Person).abatch([f"Number {n} is {n} years old." for n in range(20)])
+    assert all(isinstance(answer, Person) for answer in answers)
+
+
+def test_json_without_a_schema(chat):
+    answer = chat.with_structured_output(None, method="json_mode", temperature=1.0, seed=1).invoke("Anna is 7.")
+    assert isinstance(answer, dict)
+    message = chat.invoke("Anna", response_format={"type": "json_object"})
+    assert isinstance(json.loads(message.content), dict)
+
+
+def test_a_budget_that_is_too_small_is_refused(chat):
+    with pytest.raises(InvalidRequestError, match="smallest output"):
+        chat.bind_tools([add], tool_choice="any").invoke(QUESTION, max_tokens=5)
+    with pytest.raises(ModelInvalidRequestError):
+        chat.with_structured_output(Person, max_tokens=5).invoke(QUESTION)
+
+
+def test_stop_strings_do_not_cut_what_has_a_form(chat):
+    stopping = ChatPagedLLM(model="tiny", max_tokens=90, kv_cache_memory="32MiB", stop=["}", '"'])
+    assert isinstance(stopping.with_structured_output(Person).invoke("Anna is 7."), Person)
+    assert stopping.bind_tools([add], tool_choice="any").invoke(QUESTION).tool_calls
+
+
+@pytest.mark.parametrize("response_format", ["json", {"type": "xml"}, {"type": "json_schema"}, 3])
+def test_unknown_response_formats_are_refused(chat, response_format):
+    with pytest.raises(InvalidRequestError, match="response_format="):
+        chat.invoke(QUESTION, response_format=response_format)
+
+
+def test_guidance_per_call(chat):
+    assert chat.invoke("Which?", guided=GuidedParams(choice=["left", "right"])).content in ("left", "right")
+
+
+THINKING = """{%- for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}assistant: {% if enable_thinking is not defined or enable_thinking %}<think>
+{% else %}<think>
+
+</think>
+
+{% endif %}"""
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_reasoning_is_kept_apart_and_counted(chat, streamed):
+    said = "Let me see.\n</think>\n\nThree."
+    arguments = {"chat_template": THINKING, "guided": GuidedParams(choice=[said])}
+    message = merged(chat.stream("1 + 2?", **arguments)) if streamed else chat.invoke("1 + 2?", **arguments)
+    assert message.content == "Three."
+    assert message.additional_kwargs["reasoning_content"] == "Let me see."
+    details = message.usage_metadata["output_token_details"]
+    assert details["reasoning"] == chat.get_num_tokens("Let me see.")
+    blocks = message.content_blocks
+    assert [block["type"] for block in blocks] == ["reasoning", "text"]
+
+
+def test_reasoning_before_an_answer_with_a_form(chat):
+    structured = chat.bind(response_format=Person, chat_template=THINKING)
+    message = structured.invoke("Anna is 7.", **WILD)
+    Person.model_validate_json(message.content)
+    without = chat.bind(response_format=Person, chat_template=THINKING, reasoning=False).invoke("Anna is 7.")
+    Person.model_validate_json(without.content)
+    assert "reasoning_content" not in without.additional_kwargs
+
+
+def test_the_prompt_s_tokens_are_counted_as_they_are_used(chat):
+    rng = random.Random(4)
+    words = ["Hello", "日本語", "What is", "a + b", "`code`", "naïve", "\n\n", "{x}", "<b>", "12.5"]
+    conversations = []
+    for _ in range(200):
+        messages: list[Any] = [SystemMessage(rng.choice(words))] if rng.random() < 0.5 else []
+        for turn in range(rng.randint(1, 3)):
+            messages.append(HumanMessage(" ".join(rng.choices(words, k=rng.randint(1, 9)))))
+            if rng.random() < 0.4:
+                call = {"name": "add", "args": {"a": turn, "b": rng.randint(0, 99)}, "id": f"call_{turn}"}
+                messages.append(AIMessage(content=rng.choice(["", "Let me see."]), tool_calls=[call]))
+                messages.append(ToolMessage(rng.choice(words), tool_call_id=f"call_{turn}"))
+            messages.append(AIMessage(rng.choice(words)))
+        messages.append(HumanMessage("And now?"))
+        conversations.append((messages, [[], [add], [add, paint]][rng.randrange(3)]))
+    for tools in ([], [add], [add, paint]):
+        group = [messages for messages, own in conversations if own == tools]
+        bound = chat.bind_tools(tools, max_tokens=1) if tools else chat.bind(max_tokens=1)
+        replies = bound.batch(group, config={"max_concurrency": 64})
+        for messages, reply in zip(group, replies, strict=True):
+            counted = chat.get_num_tokens_from_messages(messages, tools=tools or None)
+            assert counted == reply.usage_metadata["input_tokens"]
+
+
+def test_errors_are_langchain_s_too(chat, tmp_path):
+    with pytest.raises(ContextOverflowError) as overflow:
+        chat.invoke("word " * 3000)
+    assert isinstance(overflow.value, ContextLengthError)
+    with pytest.raises(ModelTimeoutError) as late:
+        chat.invoke("Hi", timeout=1e-9)
+    assert isinstance(late.value, RequestTimeoutError)
+    with pytest.raises(ModelNotFoundError) as missing:
+        ChatPagedLLM(model=str(tmp_path)).invoke("Hi")
+    assert isinstance(missing.value, ModelLoadError)
+    with pytest.raises(ModelInvalidRequestError) as invalid:
+        chat.invoke("Hi", top_p=3)
+    assert isinstance(invalid.value, InvalidRequestError)
+    engine = get_engine(EngineConfig(model="tiny", max_model_len=64))
+    engine.close()
+    with pytest.raises(ModelAPIError) as closed:
+        ChatPagedLLM(engine=engine).invoke("Hi")
+    assert isinstance(closed.value, EngineClosedError)
+
+
+async def test_errors_of_streams_are_langchain_s_too(chat):
+    with pytest.raises(ContextOverflowError):
+        list(chat.stream("word " * 3000))
+    with pytest.raises(ContextOverflowError):
+        async for _ in chat.astream("word " * 3000):
+            pass
+
+
+def test_the_profile_comes_from_the_files(chat, tmp_path):
+    assert chat.profile["max_input_tokens"] == 2048
+    assert chat.profile["tool_calling"]
+    assert chat.profile["structured_output"]
+    assert not chat.profile["image_inputs"]
+    assert ChatPagedLLM(model="tiny", max_model_len=256).profile["max_input_tokens"] == 256
+    assert ChatPagedLLM(model="nobody/nothing").profile is None
+    (tmp_path / "config.json").write_text("{not json")
+    assert ChatPagedLLM(model=str(tmp_path)).profile is None
+
+
+def test_a_dump_is_loaded_again(chat):
+    dumped = dumpd(chat)
+    assert dumped["type"] == "constructor"
+    loaded = load(dumped, allowed_objects=[ChatPagedLLM], valid_namespaces=["langchain_pagedllm"])
+    assert loaded == chat
+    assert loaded.engine_config() == chat.engine_config()
