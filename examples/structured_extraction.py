@@ -2,8 +2,8 @@
 
     python examples/structured_extraction.py
 
-Every reply is held to the schema while it is generated, so each is a valid `Booking`. Whether it is the right one is up
-to the model; the table has what is wrong in parentheses. Everything runs in this process, offline, on the bundled model.
+Every reply is held to the schema while it is generated, so each is a valid `Booking`. Whether it is the right one is
+up to the model; what is wrong stands in parentheses. Everything runs in this process, offline, on the bundled model.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ class AdapterFields(BaseModel):
     presence_penalty: float | None = Field(None, description="Subtracted once for each token of the output.")
     frequency_penalty: float | None = Field(None, description="Subtracted for each occurrence in the output.")
     logit_bias: dict[int, float] | None = Field(None, description="Added to the logits of these token ids.")
+    guided: dict[str, Any] | None = Field(None, description="What replies are held to: the fields of `GuidedParams`.")
     logprobs: bool | None = Field(None, description="Return log-probabilities of the generated tokens.")
     top_logprobs: int | None = Field(None, description="Return those of this many alternatives as well.")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pagedllm_core.chat.formats import ReasoningFormat, ToolFormat
 from pagedllm_core.chat.tools import ToolChoice, tool_name, tool_parameters
-from pagedllm_core.decode.schema import close_objects
+from pagedllm_core.decode.schema import prepare_schema
 from pagedllm_core.params import GuidedParams
 
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -125,7 +125,7 @@ class ReplyRules:
 
 
 def _schema(schema: Mapping[str, Any], strict: bool) -> str:
-    closed = close_objects(dict(schema))
+    closed = prepare_schema(dict(schema), strict)
     return json.dumps({**closed, "x-guidance": {**_JSON, "lenient": not strict}}, ensure_ascii=False)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pagedllm_core.decode.guided import MAX_CLOSING, Guide, Vocabulary
-from pagedllm_core.decode.schema import close_objects
+from pagedllm_core.decode.schema import prepare_schema
 from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.params import GuidedParams
 
@@ -132,7 +132,7 @@ def _source(guided: GuidedParams) -> tuple[str, str]:
 
     if guided.json is not None:
         schema = _read_schema(guided.json)
-        return "json", LLMatcher.grammar_from_json_schema(close_objects(schema), overrides=_SEPARATORS)
+        return "json", LLMatcher.grammar_from_json_schema(prepare_schema(schema), overrides=_SEPARATORS)
     if guided.regex is not None:
         _check_size("regex", guided.regex)
         return "regex", LLMatcher.grammar_from_regex(guided.regex)

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-_SINGLE = ("items", "additionalItems", "contains")
+from pagedllm_core.errors import InvalidRequestError
+
+# Where schemas stand in a schema; `properties` may hold a property of any of these names.
+_SINGLE = ("items", "additionalItems", "contains", "not", "if", "then", "else", "propertyNames")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _COMBINED = ("allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "patternProperties", "propertyNames")
+# Others are remarks to the reader, which the standard allows to leave unchecked.
+_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 
 
-def close_objects(schema: Any) -> Any:
-    """A copy in which objects that list their properties have no others.
+def prepare_schema(schema: dict[str, Any], strict: bool = True) -> dict[str, Any]:
+    """A copy in which objects that list their properties have no others, without what asks for nothing.
 
     JSON schema allows further properties unless it says otherwise, and a model that may write them will. What the
     closed schema accepts, the open one accepts as well. Where several schemas speak about one object, nothing is
     closed: each would forbid what the others ask for.
+
+    Args:
+        schema: A JSON schema.
+        strict: Refuse what no grammar can hold an output to; else it is left out.
+
+    Raises:
+        InvalidRequestError: It has a keyword that would not be enforced.
     """
-    return schema if _combines(schema) else _closed(schema)
+    closing = not _combines(schema)
+    prepared: dict[str, Any] = _prepared(schema, closing, strict)
+    return prepared
 
 
 def _combines(schema: Any) -> bool:
@@ -30,21 +44,33 @@ def _combines(schema: Any) -> bool:
     return joined or beside or any(map(_combines, schema.values()))
 
 
-def _closed(schema: Any) -> Any:
+def _prepared(schema: Any, closing: bool, strict: bool) -> Any:
     if not isinstance(schema, dict):
         return schema
-    closed = dict(schema)
+    done = dict(schema)
     for name in _SINGLE:
-        if isinstance(closed.get(name), dict):
-            closed[name] = _closed(closed[name])
+        if isinstance(done.get(name), dict):
+            done[name] = _prepared(done[name], closing, strict)
     for name in _LISTS:
-        if isinstance(closed.get(name), list):
-            closed[name] = [_closed(item) for item in closed[name]]
+        if isinstance(done.get(name), list):
+            done[name] = [_prepared(item, closing, strict) for item in done[name]]
     for name in _MAPS:
-        if isinstance(closed.get(name), dict):
-            closed[name] = {key: _closed(value) for key, value in closed[name].items()}
-    if "properties" in closed and "additionalProperties" not in closed:
-        closed["additionalProperties"] = False
-    elif isinstance(closed.get("additionalProperties"), dict):
-        closed["additionalProperties"] = _closed(closed["additionalProperties"])
-    return closed
+        if isinstance(done.get(name), dict):
+            done[name] = {key: _prepared(value, closing, strict) for key, value in done[name].items()}
+    if isinstance(done.get("additionalProperties"), dict):
+        done["additionalProperties"] = _prepared(done["additionalProperties"], closing, strict)
+    if closing and "properties" in done and "additionalProperties" not in done:
+        done["additionalProperties"] = False
+    if done.get("uniqueItems") is False or not strict:
+        done.pop("uniqueItems", None)
+    if isinstance(done.get("format"), str) and done["format"] not in _FORMATS:
+        del done["format"]
+    least = done.get("minProperties")
+    if isinstance(least, int) and least > 1:
+        if strict:
+            raise InvalidRequestError(
+                f"minProperties={least}: cannot be enforced, as an object may repeat a key; name the properties in "
+                "required, or leave minProperties out"
+            )
+        del done["minProperties"]
+    return done

@@ -11,7 +11,7 @@ import pytest
 
 from pagedllm_core import LLM, GuidedParams, SamplingParams
 from pagedllm_core.decode import grammar as grammar_module
-from pagedllm_core.decode.schema import close_objects
+from pagedllm_core.decode.schema import prepare_schema
 from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.outputs import RequestOutput
 
@@ -180,12 +180,12 @@ def test_too_small_a_budget_is_refused(llm: LLM) -> None:
 def test_objects_that_list_their_properties_are_closed() -> None:
     inner = {"type": "object", "properties": {"a": {"type": "string"}}}
     schema = {"type": "object", "properties": {"x": inner, "y": {"anyOf": [inner, {"type": "null"}]}}}
-    closed = close_objects(schema)
+    closed = prepare_schema(schema)
     assert closed["additionalProperties"] is False
     assert closed["properties"]["x"]["additionalProperties"] is False
     assert closed["properties"]["y"]["anyOf"][0]["additionalProperties"] is False
     assert "additionalProperties" not in inner
     open_one = {"type": "object", "properties": {}, "additionalProperties": {"type": "integer"}}
-    assert close_objects(open_one) == open_one
+    assert prepare_schema(open_one) == open_one
     both = {"allOf": [inner, {"type": "object", "properties": {"b": {}}}]}
-    assert close_objects(both) == both
+    assert prepare_schema(both) == both

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import contextvars
 import functools
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -20,13 +22,12 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult, RunInfo
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from langchain_pagedllm.convert import PROVIDER, Chunks, Source, to_chat_result, to_template_messages
 from langchain_pagedllm.errors import as_langchain_errors
 from langchain_pagedllm.fields import IGNORED_PER_CALL, PagedModel, check_streamable
 from langchain_pagedllm.sharing import configs_of_one_share, given_key, share_key, with_one_share
-from langchain_pagedllm.structured import bindings_and_parser, response_schema, with_raw
+from langchain_pagedllm.structured import as_tool, bindings_and_parser, response_schema, with_raw
 from pagedllm_core.chat.adapter import Call, watched
 from pagedllm_core.chat.profile import local_profile
 from pagedllm_core.chat.tools import tool_choice as parse_tool_choice
@@ -183,7 +184,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: BaseRunManager | None = None,
     ) -> Call:
         self._warn_unknown_arguments(given, _CHAT_ARGUMENTS)
-        tools = [convert_to_openai_tool(tool) for tool in given.get("tools") or ()]
+        tools = [as_tool(tool) for tool in given.get("tools") or ()]
         choice = parse_tool_choice(given.get("tool_choice"), tools)
         parallel = given.get("parallel_tool_calls", self.parallel_tool_calls)
         return Call(
@@ -258,13 +259,30 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         config: RunnableConfig | Sequence[RunnableConfig] | None = None,
         *,
         return_exceptions: bool = False,
-        **kwargs: Any | None,
+        **kwargs: Any,
     ) -> AsyncIterator[tuple[int, AIMessage | Exception]]:
         """Answer all inputs in one shared batch, each as soon as it is ready."""
         configs = configs_of_one_share(config, len(inputs))
-        answers = super().abatch_as_completed(inputs, configs, return_exceptions=return_exceptions, **kwargs)  # type: ignore[call-overload]
-        async for answer in answers:
-            yield answer
+        limit = configs[0].get("max_concurrency") if configs else None
+        seats = contextlib.nullcontext() if limit is None else asyncio.Semaphore(limit)
+
+        async def answer(number: int) -> tuple[int, AIMessage | Exception]:
+            async with seats:
+                try:
+                    return number, await self.ainvoke(inputs[number], configs[number], **kwargs)
+                except Exception as error:
+                    if not return_exceptions:
+                        raise
+                    return number, error
+
+        # Tasks of our own, so that none of them outlives a reader that leaves.
+        tasks = [asyncio.ensure_future(answer(number)) for number in range(len(inputs))]
+        try:
+            for done in asyncio.as_completed(tasks):
+                yield await done
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def generate(
         self,
@@ -338,8 +356,9 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         Raises:
             InvalidRequestError: The choice is no tool.
         """
-        converted = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
-        parse_tool_choice(tool_choice, converted)
+        with as_langchain_errors():
+            converted = [as_tool(tool, strict) for tool in tools]
+            parse_tool_choice(tool_choice, converted)
         given = {
             "tool_choice": tool_choice,
             "strict": strict,
@@ -370,7 +389,8 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         Raises:
             InvalidRequestError: The method or the schema is none that is known.
         """
-        given, parser, told = bindings_and_parser(schema, method, strict)
+        with as_langchain_errors():
+            given, parser, told = bindings_and_parser(schema, method, strict)
         model = self.bind(**given, **({"ls_structured_output_format": told} if told else {}), **kwargs)
         return with_raw(model, parser) if include_raw else model | parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from langchain_core.exceptions import (
     ContextOverflowError,
@@ -50,10 +51,7 @@ def as_langchain_errors() -> Iterator[None]:
         theirs = next((their for own, their in _THEIRS if isinstance(error, own)), None)
         if theirs is None:
             raise
-        both = _both(type(error), theirs)
-        converted = both.__new__(both)
-        converted.args = error.args
-        converted.__dict__.update(error.__dict__)
+        converted = _rebuild(type(error), theirs, error.args, error.__dict__)
         raise converted.with_traceback(error.__traceback__) from error
 
 
@@ -62,5 +60,20 @@ _BOTH: dict[tuple[type[PagedLLMError], type[ModelError]], type[PagedLLMError]] =
 
 def _both(own: type[PagedLLMError], theirs: type[ModelError]) -> type[PagedLLMError]:
     if (own, theirs) not in _BOTH:
-        _BOTH[own, theirs] = type(own.__name__, (own, theirs), {"__module__": own.__module__, "__doc__": own.__doc__})
+        _BOTH[own, theirs] = type(own.__name__, (own, theirs), {"__doc__": own.__doc__, "__reduce__": _reduce})
     return _BOTH[own, theirs]
+
+
+def _reduce(error: PagedLLMError) -> tuple[Any, ...]:
+    own, theirs = type(error).__bases__
+    return _rebuild, (own, theirs, error.args, error.__dict__)
+
+
+def _rebuild(
+    own: type[PagedLLMError], theirs: type[ModelError], arguments: tuple[Any, ...], state: dict[str, Any]
+) -> PagedLLMError:
+    both = _both(own, theirs)
+    error = both.__new__(both)
+    error.args = arguments
+    error.__dict__.update(state)
+    return error

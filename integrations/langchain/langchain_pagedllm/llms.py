@@ -10,6 +10,7 @@ from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from langchain_pagedllm.convert import end_metadata, logprobs_content
+from langchain_pagedllm.errors import as_langchain_errors
 from langchain_pagedllm.fields import IGNORED_PER_CALL, PagedModel, check_streamable
 from langchain_pagedllm.sharing import share_key
 from pagedllm_core.chat.adapter import Call, wait, watched
@@ -39,17 +40,18 @@ class PagedLLM(PagedModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        engine = self._source(kwargs.get("model")).get()
-        key = share_key(run_manager, len(prompts))
-        handles = []
-        try:
-            for prompt in prompts:
-                handles.append(self._call(prompt, stop, kwargs, key).submit(engine, stream=False).handle)
-            return self._result([wait(handle) for handle in handles], kwargs)
-        finally:
-            for handle in handles:
-                if not handle.finished:
-                    handle.cancel()
+        with as_langchain_errors():
+            engine = self._source(kwargs.get("model")).get()
+            key = share_key(run_manager, len(prompts))
+            handles = []
+            try:
+                for prompt in prompts:
+                    handles.append(self._call(prompt, stop, kwargs, key).submit(engine, stream=False).handle)
+                return self._result([wait(handle) for handle in handles], kwargs)
+            finally:
+                for handle in handles:
+                    if not handle.finished:
+                        handle.cancel()
 
     async def _agenerate(
         self,
@@ -58,17 +60,18 @@ class PagedLLM(PagedModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        engine = await self._source(kwargs.get("model")).aget()
-        key = share_key(run_manager, len(prompts))
-        handles = []
-        try:
-            for prompt in prompts:
-                handles.append((await self._call(prompt, stop, kwargs, key).asubmit(engine, stream=False)).handle)
-            return self._result([await handle.aresult() for handle in handles], kwargs)
-        finally:
-            for handle in handles:
-                if not handle.finished:
-                    handle.cancel()
+        with as_langchain_errors():
+            engine = await self._source(kwargs.get("model")).aget()
+            key = share_key(run_manager, len(prompts))
+            handles = []
+            try:
+                for prompt in prompts:
+                    handles.append((await self._call(prompt, stop, kwargs, key).asubmit(engine, stream=False)).handle)
+                return self._result([await handle.aresult() for handle in handles], kwargs)
+            finally:
+                for handle in handles:
+                    if not handle.finished:
+                        handle.cancel()
 
     def _stream(
         self,
@@ -77,19 +80,20 @@ class PagedLLM(PagedModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        call = self._call(prompt, stop, kwargs, share_key(run_manager))
-        check_streamable(call)
-        handle = call.submit(self._source(kwargs.get("model")).get(), stream=True).handle
-        try:
-            for output in handle:
-                for completion in output.outputs:
-                    chunk = GenerationChunk(text=completion.text, generation_info=self._info(completion, kwargs))
-                    if run_manager:
-                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
-        finally:
-            if not handle.finished:
-                handle.cancel()
+        with as_langchain_errors():
+            call = self._call(prompt, stop, kwargs, share_key(run_manager))
+            check_streamable(call)
+            handle = call.submit(self._source(kwargs.get("model")).get(), stream=True).handle
+            try:
+                for output in handle:
+                    for completion in output.outputs:
+                        chunk = GenerationChunk(text=completion.text, generation_info=self._info(completion, kwargs))
+                        if run_manager:
+                            run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                        yield chunk
+            finally:
+                if not handle.finished:
+                    handle.cancel()
 
     async def _astream(
         self,
@@ -98,19 +102,20 @@ class PagedLLM(PagedModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        call = self._call(prompt, stop, kwargs, share_key(run_manager))
-        check_streamable(call)
-        engine = await self._source(kwargs.get("model")).aget()
-        outputs = watched((await call.asubmit(engine, stream=True)).handle)
-        try:
-            async for output in outputs:
-                for completion in output.outputs:
-                    chunk = GenerationChunk(text=completion.text, generation_info=self._info(completion, kwargs))
-                    if run_manager:
-                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
-        finally:
-            await outputs.aclose()
+        with as_langchain_errors():
+            call = self._call(prompt, stop, kwargs, share_key(run_manager))
+            check_streamable(call)
+            engine = await self._source(kwargs.get("model")).aget()
+            outputs = watched((await call.asubmit(engine, stream=True)).handle)
+            try:
+                async for output in outputs:
+                    for completion in output.outputs:
+                        chunk = GenerationChunk(text=completion.text, generation_info=self._info(completion, kwargs))
+                        if run_manager:
+                            await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                        yield chunk
+            finally:
+                await outputs.aclose()
 
     def _call(self, prompt: str, stop: list[str] | None, given: dict[str, Any], key: str | None) -> Call:
         self._warn_unknown_arguments(given, IGNORED_PER_CALL | {"stop_sequences", "max_new_tokens"})

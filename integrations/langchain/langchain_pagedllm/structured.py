@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
@@ -17,6 +18,8 @@ from langchain_core.output_parsers import (
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel
+from pydantic.v1 import BaseModel as BaseModelV1
 
 from pagedllm_core.errors import InvalidRequestError
 
@@ -51,10 +54,37 @@ def response_schema(response_format: Any) -> Mapping[str, Any] | None:
 
 
 def _json_schema(schema: Any) -> dict[str, Any]:
+    """The whole JSON schema of a class or dictionary: core's conversion drops what stands beside properties."""
+    if isinstance(schema, Mapping) and not ("name" in schema and "parameters" in schema) and "function" not in schema:
+        return dict(schema)
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return dict(_without_sets(schema.model_json_schema()))
+    if isinstance(schema, type) and issubclass(schema, BaseModelV1):
+        return dict(_without_sets(schema.schema()))
     try:
         converted: dict[str, Any] = convert_to_json_schema(schema)
     except (ValueError, TypeError, KeyError) as error:
         raise InvalidRequestError(f"schema={str(schema)!r:.80}: has no JSON schema ({error})") from None
+    return converted
+
+
+def _without_sets(schema: Any) -> Any:
+    """The schema of a class without `uniqueItems`: the class itself makes a set of what it reads."""
+    if isinstance(schema, list):
+        return [_without_sets(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _without_sets(value) for key, value in schema.items() if key != "uniqueItems" or value is not True}
+
+
+def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
+    """A tool in OpenAI's form; a class keeps its whole schema."""
+    converted = convert_to_openai_tool(tool, strict=strict)
+    if isinstance(tool, type) and issubclass(tool, BaseModel | BaseModelV1):
+        schema = _json_schema(tool)
+        if "$defs" in schema or "definitions" in schema:
+            parameters = {key: value for key, value in schema.items() if key not in ("title", "description")}
+            converted["function"]["parameters"] = parameters
     return converted
 
 
@@ -72,6 +102,8 @@ def bindings_and_parser(
     """
     if method not in METHODS:
         raise InvalidRequestError(f"method={method!r}: use one of {', '.join(METHODS)}")
+    if isinstance(schema, Mapping) and schema.get("type") == "json_schema" and "json_schema" in schema:
+        schema = schema["json_schema"].get("schema")  # OpenAI's form of a response format
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
     if schema is None:
         if method != "json_mode":
@@ -79,7 +111,9 @@ def bindings_and_parser(
         return {"response_format": {"type": "json_object"}}, JsonOutputParser(), {}
     told = {"kwargs": {"method": method, **({} if strict is None else {"strict": strict})}, "schema": schema}
     if method == "function_calling":
-        tool = convert_to_openai_tool(schema)
+        tool = as_tool(schema)
+        if isinstance(schema, Mapping) and "properties" not in json.dumps(tool):
+            raise InvalidRequestError(f"schema={str(schema)!r:.80}: is no object; function_calling needs one")
         name = tool["function"]["name"]
         parser: Runnable[AIMessage, Any] = (
             PydanticToolsParser(tools=[schema], first_tool_only=True)

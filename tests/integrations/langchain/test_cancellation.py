@@ -63,6 +63,27 @@ async def test_a_cancelled_abatch(chat):
         await task
 
 
+async def test_a_reader_that_leaves_abatch_as_completed(chat):
+    answers = chat.abatch_as_completed([QUESTION] * 4)
+    reader = asyncio.create_task(anext(answers))
+    await running(4)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    await answers.aclose()
+    assert await freed()
+
+
+async def test_abatch_as_completed_gives_all_or_the_first_error(chat):
+    inputs = ["Hi", "word " * 3000, "Ho"]
+    found = dict([one async for one in chat.abatch_as_completed(inputs, max_tokens=2, return_exceptions=True)])
+    assert sorted(found) == [0, 1, 2]
+    assert isinstance(found[1], Exception)
+    with pytest.raises(type(found[1])):
+        async for _ in chat.abatch_as_completed(inputs, {"max_concurrency": 1}):
+            pass
+
+
 async def test_wait_for(chat):
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(chat.ainvoke(QUESTION), 0.05)

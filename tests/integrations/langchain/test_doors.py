@@ -99,8 +99,9 @@ class HeldEngine(AsyncEngine):
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[HeldEngine]:
-    with HeldEngine() as engine:
-        yield engine
+    engine = HeldEngine()
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(autouse=True)

@@ -77,7 +77,7 @@ def written(text: str) -> dict[str, Any]:
         logits[ids[len(output)]] = 0
         return logits
 
-    return {"logits_processors": [write], "max_tokens": len(ids)}
+    return {"logits_processors": [write], "max_tokens": len(ids) + 64}  # room for whatever else would close the reply
 
 
 def calls(*named: tuple[str, dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import random
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ WILD = {"temperature": 1.6, "seed": 5}
 
 @pytest.fixture(scope="module")
 def chat() -> ChatPagedLLM:
-    return ChatPagedLLM(model="tiny", max_tokens=90, kv_cache_memory="32MiB", num_threads=1)
+    return ChatPagedLLM(model="tiny", max_tokens=90, kv_cache_memory="32MiB", engine_kwargs={"num_threads": 1})
 
 
 @tool
@@ -156,7 +157,7 @@ async def test_no_reply_is_ever_an_invalid_call(chat):
             for call in message.tool_calls:
                 jsonschema.validate(call["args"], schemas[call["name"]])
 
-    await asyncio.gather(*map(ask, range(60)))
+    await asyncio.gather(*map(ask, range(24)))
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
@@ -173,6 +174,33 @@ def test_structured_output(chat, method, schema):
             assert {"name", "age"} <= set(answer)
     (*_, last) = structured.stream("Anna is 7.")
     assert type(last) is type(answer)
+
+
+class Node(BaseModel):
+    """A list."""
+
+    value: int
+    following: Node | None = None
+    tags: set[Literal["a", "b"]] = Field(default_factory=set)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_classes_that_refer_to_themselves(chat, method):
+    for seed in range(4):
+        structured = chat.with_structured_output(Node, method=method, temperature=1.5, seed=seed, max_tokens=200)
+        assert isinstance(structured.invoke("Anna is 7."), Node)
+
+
+def test_schemas_of_other_things_than_objects(chat):
+    schema = {"title": "numbers", "type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3}
+    answer = chat.with_structured_output(schema).invoke("Anna is 7.")
+    jsonschema.validate(answer, schema)
+    wrapped = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    jsonschema.validate(chat.with_structured_output(wrapped).invoke("Anna is 7."), schema)
+    with pytest.raises(ModelInvalidRequestError, match="is no object; function_calling needs one"):
+        chat.with_structured_output(schema, method="function_calling")
+    with pytest.raises(ModelInvalidRequestError, match="minProperties=2: cannot be enforced"):
+        chat.with_structured_output({"type": "object", "minProperties": 2}).invoke("Anna is 7.")
 
 
 def test_structured_output_with_the_reply_itself(chat):
@@ -215,6 +243,11 @@ def test_unknown_response_formats_are_refused(chat, response_format):
 
 def test_guidance_per_call(chat):
     assert chat.invoke("Which?", guided=GuidedParams(choice=["left", "right"])).content in ("left", "right")
+    held = ChatPagedLLM(
+        model="tiny", kv_cache_memory="32MiB", engine_kwargs={"num_threads": 1}, guided={"choice": ["left", "right"]}
+    )
+    assert held.invoke("Which?").content in ("left", "right")
+    assert load(dumpd(held), allowed_objects=[ChatPagedLLM], valid_namespaces=["langchain_pagedllm"]) == held
 
 
 THINKING = """{%- for message in messages %}{{ message.role }}: {{ message.content }}
@@ -276,6 +309,8 @@ def test_errors_are_langchain_s_too(chat, tmp_path):
     with pytest.raises(ContextOverflowError) as overflow:
         chat.invoke("word " * 3000)
     assert isinstance(overflow.value, ContextLengthError)
+    copied = pickle.loads(pickle.dumps(overflow.value))
+    assert (type(copied), str(copied)) == (type(overflow.value), str(overflow.value))
     with pytest.raises(ModelTimeoutError) as late:
         chat.invoke("Hi", timeout=1e-9)
     assert isinstance(late.value, RequestTimeoutError)
