@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-UNIT = ("engine", "policies", "swapping", "swapping_faults", "prefix_cache", "sampling", "detokenize")
-PROPERTY = ("pool", "simulator", "state_machines")
+UNIT = ("engine", "policies", "swapping", "swapping_faults", "prefix_cache", "sampling", "detokenize", "guided")
+PROPERTY = ("pool", "simulator", "state_machines", "guided")
 TESTS = [*(f"tests/unit/test_{name}.py" for name in UNIT), *(f"tests/property/test_{name}.py" for name in PROPERTY)]
 log = logging.getLogger("mutations")
 
@@ -34,6 +34,11 @@ class Mutation(NamedTuple):
 
 
 POOL, TABLE, SCHEDULER = "pagedllm_core/kv/pool.py", "pagedllm_core/kv/table.py", "pagedllm_core/scheduler.py"
+GUIDED, ADVANCE, FINISH = (
+    "pagedllm_core/decode/guided.py",
+    "pagedllm_core/decode/advance.py",
+    "pagedllm_core/decode/finish.py",
+)
 HASHING, OFFLOAD, ENGINE = "pagedllm_core/kv/hashing.py", "pagedllm_core/kv/offload.py", "pagedllm_core/engine.py"
 MUTATIONS = [
     Mutation(
@@ -383,6 +388,47 @@ MUTATIONS = [
         ENGINE,
         "self.scheduler.schedule(only=suspect)",
         "self.scheduler.schedule()",
+    ),
+    Mutation("guided: any closing fits", GUIDED, "len(closing) <= room", "len(closing) <= room + 1"),
+    Mutation("guided: a fork shares its matcher", GUIDED, "else self.matcher.deep_copy()", "else self.matcher"),
+    Mutation("guided: a fork shares its closing", GUIDED, "matcher, self.closing.copy(),", "matcher, self.closing,"),
+    Mutation("guided: known closings are kept too long", GUIDED, "        self._known = {}\n", "        pass\n"),
+    Mutation(
+        "guided: an end is always allowed", GUIDED, "return [] if self.may_end and self.accepting", "return [] if True"
+    ),
+    Mutation(
+        "guided: the budget is off by one",
+        ADVANCE,
+        "choice.sequence.num_generated - 1 for",
+        "choice.sequence.num_generated for",
+    ),
+    Mutation(
+        "guided: what is rejected is not chosen again", ADVANCE, "        tokens[rows] = sample(", "        _ = sample("
+    ),
+    Mutation(
+        "guided: forced text is added where scores are asked for", ADVANCE, "and _num_logprobs(request) is None", ""
+    ),
+    Mutation("guided: a stop string cuts what has a form", FINISH, "may_stop = may_stop and guide.accepting", "pass"),
+    Mutation(
+        "guided: a finished grammar goes on",
+        FINISH,
+        "complete = guide is not None and guide.finished",
+        "complete = False",
+    ),
+    Mutation(
+        "guided: the pool's room is not looked at",
+        "pagedllm_core/intake.py",
+        "limit = min(limit, self._pool_room(",
+        "_ = min(limit, self._pool_room(",
+    ),
+    Mutation(
+        "guided: the smallest output is not looked at",
+        "pagedllm_core/intake.py",
+        "if len(grammar.closing) > limit:",
+        "if False:",
+    ),
+    Mutation(
+        "guided: objects stay open", "pagedllm_core/decode/schema.py", 'done["additionalProperties"] = False', "pass"
     ),
 ]
 

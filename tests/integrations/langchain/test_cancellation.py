@@ -80,7 +80,7 @@ async def test_abatch_as_completed_gives_all_or_the_first_error(chat):
     assert sorted(found) == [0, 1, 2]
     assert isinstance(found[1], Exception)
     with pytest.raises(type(found[1])):
-        async for _ in chat.abatch_as_completed(inputs, {"max_concurrency": 1}):
+        async for _ in chat.abatch_as_completed(inputs, {"max_concurrency": 1}, max_tokens=2):
             pass
 
 
