@@ -152,7 +152,7 @@ CASES = (
     Case("sampled, top-p 0.95", {"temperature": 0.8, "top_p": 0.95, "seed": 1}, steps=30),
     Case("greedy, streamed", {"temperature": 0}),
     Case("sampled from noise", {"temperature": 1.0, "seed": 1}, wanted=0.0, steps=30),
-    Case("greedy, to a budget of 150 tokens", {"temperature": 0}, max_tokens=150, steps=150),
+    Case("greedy, until the first of 150 tokens ends", {"temperature": 0}, max_tokens=150, steps=150),
 )
 
 
@@ -237,7 +237,7 @@ class Result:
 
 
 def measure(tokenizer: Any, work: list[tuple[dict[str, Any], list[int]]], case: Case, model: Engine | None) -> Result:
-    """Steps of both engines and of the model in turn, as long as every guided request still runs."""
+    """Steps of both engines and of the model in turn, as long as every guided request runs."""
     engines = [start(tokenizer, work, case, held) for held in (True, False)]
     result = Result(case, [], [], [], Clock(), 0.0)
     warm = 2 if case.max_tokens < 1000 else WARM
@@ -247,7 +247,7 @@ def measure(tokenizer: Any, work: list[tuple[dict[str, Any], list[int]]], case: 
     before, rows = generated(engines[0]), 0
     for number in tqdm(range(case.steps), desc=case.name, leave=False):
         running = engines[0].stats().running
-        if not running:
+        if running < BATCH:
             break
         rows += running
         result.clock.steps.append({})

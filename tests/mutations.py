@@ -391,11 +391,6 @@ MUTATIONS = [
     ),
     Mutation("guided: any closing fits", GUIDED, "len(closing) <= room", "len(closing) <= room + 1"),
     Mutation("guided: a fork shares its matcher", GUIDED, "else self.matcher.deep_copy()", "else self.matcher"),
-    Mutation("guided: a fork shares its closing", GUIDED, "matcher, self.closing.copy(),", "matcher, self.closing,"),
-    Mutation("guided: known closings are kept too long", GUIDED, "        self._known = {}\n", "        pass\n"),
-    Mutation(
-        "guided: an end is always allowed", GUIDED, "return [] if self.may_end and self.accepting", "return [] if True"
-    ),
     Mutation(
         "guided: the budget is off by one",
         ADVANCE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -109,6 +109,34 @@ class AdapterFields(BaseModel):
         if self.engine is not None and model in (None, self.model):
             return EngineSource(self.engine.config, self.engine)
         return shared_engine(self.engine_config(model), self._hub_token())
+
+    def close(self) -> None:
+        """Free the engine, if it is loaded; who else uses it gets `EngineClosedError`, and later calls load anew."""
+        engine = self._source().current()
+        if engine is not None:
+            engine.close()
+
+    async def aclose(self) -> None:
+        """`close` without blocking the event loop."""
+        engine = self._source().current()
+        if engine is not None:
+            await engine.aclose()
+
+    def __enter__(self) -> Self:
+        """Return the model."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the engine."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        """Return the model."""
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Close the engine."""
+        await self.aclose()
 
     def _hub_token(self) -> str | None:
         return None

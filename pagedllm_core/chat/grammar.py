@@ -16,6 +16,7 @@ from typing import Any
 from pagedllm_core.chat.formats import ReasoningFormat, ToolFormat
 from pagedllm_core.chat.tools import ToolChoice, tool_name, tool_parameters
 from pagedllm_core.decode.schema import prepare_schema
+from pagedllm_core.decode.texts import write_text
 from pagedllm_core.params import GuidedParams
 
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -97,10 +98,10 @@ class ReplyRules:
     def _reasoning(self, added_tokens: Mapping[str, int]) -> str:
         if self.reasoning is None:
             return ""
-        end = f"{_tag(self.reasoning.end, added_tokens)} /\\n*/ "
+        end = f"{write_text(self.reasoning.end, added_tokens)} /\\n*/ "
         if self.reasoning_open:
             return f"THOUGHT? {end}"
-        return f"({_tag(self.reasoning.begin, added_tokens)} THOUGHT? {end})? "
+        return f"({write_text(self.reasoning.begin, added_tokens)} THOUGHT? {end})? "
 
     def _text(self) -> str:
         tag = self.format.begin.strip() if self.format else ""
@@ -111,7 +112,7 @@ class ReplyRules:
         style = self.format
         if style is None:
             return []
-        begin, end = _tag(style.begin, added_tokens), _tag(style.end, added_tokens)
+        begin, end = write_text(style.begin, added_tokens), write_text(style.end, added_tokens)
         call = f"{begin} call {end}" if style.each else "call"
         several = f"{call} ({json.dumps(style.separator)} {call})*" if self.parallel else call
         lines = [f"calls: {several}" if style.each else f"calls: {begin} {several} {end}"]
@@ -127,19 +128,6 @@ class ReplyRules:
 def _schema(schema: Mapping[str, Any], strict: bool) -> str:
     closed = prepare_schema(dict(schema), strict)
     return json.dumps({**closed, "x-guidance": {**_JSON, "lenient": not strict}}, ensure_ascii=False)
-
-
-def _tag(text: str, added_tokens: Mapping[str, int]) -> str:
-    """A text in which added tokens are written as such."""
-    found = [token for token in added_tokens if token in text] if text else []
-    if not found:
-        return json.dumps(text, ensure_ascii=False) if text else ""
-    parts = re.split("(" + "|".join(map(re.escape, sorted(found, key=len, reverse=True))) + ")", text)
-    return " ".join(
-        f"<[{added_tokens[part]}]>" if part in added_tokens else json.dumps(part, ensure_ascii=False)
-        for part in parts
-        if part
-    )
 
 
 def _without(tag: str) -> str:

@@ -8,12 +8,13 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pagedllm_core.decode.guided import MAX_CLOSING, Guide, Vocabulary
 from pagedllm_core.decode.schema import prepare_schema
+from pagedllm_core.decode.texts import write_text
 from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.params import GuidedParams
 
@@ -80,7 +81,7 @@ class GrammarCompiler:
                 self._grammars.move_to_end(key)
                 return found
             vocabulary = self._vocabulary or self._load()
-        grammar = _compile(guided, vocabulary)
+        grammar = _compile(guided, vocabulary, self._added_tokens())
         with self._lock:
             self._grammars[key] = grammar
             while len(self._grammars) > CACHED_GRAMMARS:
@@ -90,6 +91,11 @@ class GrammarCompiler:
     def __len__(self) -> int:
         """Number of grammars that are kept."""
         return len(self._grammars)
+
+    def _added_tokens(self) -> dict[str, int]:
+        """The added tokens that are part of a reply's text."""
+        added = self._tokenizer.added_tokens_decoder
+        return {token.content: number for number, token in added.items() if not token.special}
 
     def _load(self) -> Vocabulary:
         try:
@@ -107,10 +113,10 @@ class GrammarCompiler:
         return self._vocabulary
 
 
-def _compile(guided: GuidedParams, vocabulary: Vocabulary) -> Grammar:
+def _compile(guided: GuidedParams, vocabulary: Vocabulary, added_tokens: Mapping[str, int]) -> Grammar:
     from llguidance import LLMatcher
 
-    field_name, source = _source(guided)
+    field_name, source = _source(guided, added_tokens)
     if guided.grammar is not None:
         vocabulary = dataclasses.replace(vocabulary, literals=tuple(_literals(source, vocabulary)))
     matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0)
@@ -126,7 +132,7 @@ def _compile(guided: GuidedParams, vocabulary: Vocabulary) -> Grammar:
     return Grammar(matcher, tuple(closing), vocabulary)
 
 
-def _source(guided: GuidedParams) -> tuple[str, str]:
+def _source(guided: GuidedParams, added_tokens: Mapping[str, int]) -> tuple[str, str]:
     """The field that is given, and its grammar in llguidance's terms."""
     from llguidance import LLMatcher
 
@@ -138,7 +144,7 @@ def _source(guided: GuidedParams) -> tuple[str, str]:
         return "regex", LLMatcher.grammar_from_regex(guided.regex)
     if guided.choice is not None:
         _check_size("choice", "".join(guided.choice))
-        options = " | ".join(json.dumps(option, ensure_ascii=False) for option in guided.choice)
+        options = " | ".join(write_text(option, added_tokens) or '""' for option in guided.choice)
         return "choice", LLMatcher.grammar_from_lark(f"start: {options}")
     text = guided.grammar or ""
     _check_size("grammar", text)

@@ -13,6 +13,7 @@ closing of the empty output decides at submission whether the request can be ser
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,22 @@ class Vocabulary:
             matcher: Where the output is; left as it is.
             hint: Tokens that completed it before; the search ends as soon as these do again.
         """
-        matcher, known = matcher.deep_copy(), list(hint)
+        found = self._close(matcher.deep_copy(), list(hint))
+        if found is None:
+            return None
+        shorter = self._as_written(found)
+        return shorter if len(shorter) < len(found) and self.completes(matcher, shorter) else found
+
+    def _as_written(self, tokens: list[int]) -> list[int]:
+        """The same text in the tokens that the tokenizer would write it with; single tokens stay."""
+        written: list[int] = []
+        for single, run in itertools.groupby(tokens, self.tokenizer.is_special_token):
+            ids = list(run)
+            written += ids if single else self.tokenizer.tokenize_bytes(self.tokenizer.decode_bytes(ids))
+        return written
+
+    def _close(self, matcher: LLMatcher, known: list[int]) -> list[int] | None:
+        """Drive a matcher to a complete output: what is forced, else the best end that may come."""
         path: list[int] = []
         visits: Counter[tuple[int, ...]] = Counter()
         while len(path) < MAX_CLOSING and not matcher.is_error():
@@ -132,7 +148,7 @@ class Guide:
     def copy(self) -> Guide:
         """The same state for a fork."""
         matcher = None if self.matcher is None else self.matcher.deep_copy()
-        return Guide(self.vocabulary, matcher, self.closing.copy(), self.may_end, self.forced.copy())
+        return Guide(self.vocabulary, matcher, self.closing, self.may_end, self.forced)
 
     @property
     def accepting(self) -> bool:

@@ -254,6 +254,18 @@ def test_after_a_shutdown_the_next_call_builds_anew(chat):
     assert chat.invoke("Hi", max_tokens=1).usage_metadata["output_tokens"] == 1
 
 
+@pytest.mark.usefixtures("fresh_engines")
+async def test_closing_frees_the_engine_and_the_next_call_builds_anew():
+    with ChatPagedLLM(model="tiny", max_tokens=1) as chat:
+        chat.close()  # nothing is loaded yet
+        assert chat.invoke("Hi").usage_metadata["output_tokens"] == 1
+        assert len(list_engines()) == 1
+    assert list_engines() == []
+    async with chat:
+        await chat.ainvoke("Hi")
+    assert list_engines() == []
+
+
 @tool
 def add(a: int, b: int) -> int:
     """Add two numbers."""
