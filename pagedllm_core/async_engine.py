@@ -90,6 +90,19 @@ class AsyncEngine:
         """True once the engine accepts no more requests."""
         return not self._worker.alive
 
+    @property
+    def idle_since(self) -> float | None:
+        """When its last request ended (`time.monotonic`), or None while any is unfinished."""
+        return self._worker.last_used if self._worker.idle else None
+
+    def touch(self, keep_alive: float | None = None) -> bool:
+        """Keep the engine for a request that is about to come; False where it has just left for idleness.
+
+        Args:
+            keep_alive: Seconds that it stays loaded without work from now on; None leaves that as it is.
+        """
+        return self._worker.touch(keep_alive)
+
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> RequestHandle:
         """Validate, tokenize (on this thread) and queue one request, from any thread.
 

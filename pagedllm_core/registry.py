@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
 from pagedllm_core.async_engine import AsyncEngine, open_engines
 from pagedllm_core.config import EngineConfig
+from pagedllm_core.errors import ModelLoadError
+
+logger = logging.getLogger("pagedllm")
 
 # The only state that belongs to the module: which engines `get_engine` made. Engines themselves share nothing.
 _engines: dict[EngineConfig, AsyncEngine] = {}
@@ -35,9 +39,33 @@ def get_engine(config: EngineConfig | None = None, **fields: Any) -> AsyncEngine
         lock = _locks.setdefault(config, threading.Lock())
     with lock:
         engine = _engines.get(config)
-        if engine is None or engine.closed:
-            engine = _engines[config] = AsyncEngine(config)
+        if engine is None or engine.closed or not engine.touch():
+            engine = _engines[config] = _load(config)
         return engine
+
+
+def _load(config: EngineConfig) -> AsyncEngine:
+    """A new engine; where memory is short, idle ones make room, the least recently used first."""
+    while True:
+        try:
+            return AsyncEngine(config)
+        except ModelLoadError as error:
+            if not isinstance(error.__cause__, MemoryError) and type(error.__cause__).__name__ != "OutOfMemoryError":
+                raise
+            if not _evict_idle():
+                raise
+
+
+def _evict_idle() -> bool:
+    """Close the engine of the registry that has been idle longest; False where none is idle."""
+    with _guard:
+        idle = [(since, engine) for engine in _engines.values() if (since := engine.idle_since) and not engine.closed]
+    if not idle:
+        return False
+    engine = min(idle, key=lambda entry: entry[0])[1]
+    logger.warning("memory is short: the idle engine of %r makes room", engine.config.model)
+    engine.close()
+    return True
 
 
 def list_engines() -> list[AsyncEngine]:

@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
@@ -35,14 +36,37 @@ class EngineWorker:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()  # reentrant: finalizers put into it
         self._mailboxes: dict[str, Mailbox] = {}
         self._pid = os.getpid()
-        self._stopping = False
+        self._stopping = self._left = False
+        self.keep_alive: float | None = None  # seconds that it stays without work; None: for ever
+        self.last_used = time.monotonic()
+        self._idle_lock = threading.Lock()  # between whoever is about to use the engine and its leaving for idleness
         self._thread = threading.Thread(target=self._run, name="pagedllm-engine", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
         """True while requests are served."""
-        return self.error is None and self._thread.is_alive() and self._pid == os.getpid()
+        return self.error is None and not self._left and self._thread.is_alive() and self._pid == os.getpid()
+
+    @property
+    def idle(self) -> bool:
+        """True where no request is unfinished."""
+        return not self._mailboxes
+
+    def touch(self, keep_alive: float | None = None) -> bool:
+        """Keep the engine for a moment, as a request is about to come; False where it has just left.
+
+        Args:
+            keep_alive: Seconds that it stays without work from now on; None leaves that as it is.
+        """
+        with self._idle_lock:
+            if self._left:
+                return False
+            self.last_used = time.monotonic()
+            if keep_alive is not None and keep_alive != self.keep_alive:
+                self.keep_alive = keep_alive
+                self._inbox.put(lambda: None)  # it may be waiting without a limit
+            return True
 
     def submit(self, request: Request) -> Mailbox:
         """Hand a prepared request to the thread.
@@ -135,14 +159,27 @@ class EngineWorker:
         while not self._inbox.empty():  # answer whoever still waits in `call`
             self._drain(block=False)
 
+    def _leave_if_idle(self) -> None:
+        with self._idle_lock:
+            waited = time.monotonic() - self.last_used
+            if self.keep_alive is not None and waited >= self.keep_alive and self.idle and self._inbox.empty():
+                self._left = self._stopping = True
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for a command."""
+        if self.keep_alive is None:
+            return None
+        return max(0.01, self.last_used + self.keep_alive - time.monotonic())
+
     def _drain(self, block: bool) -> None:
         try:
-            command = self._inbox.get(block=block)
+            command = self._inbox.get(block=block, timeout=self._patience() if block else None)
             while True:
                 command()
                 command = self._inbox.get(block=False)
         except queue.Empty:
-            return
+            if block:
+                self._leave_if_idle()
 
     def _enqueue(self, request: Request) -> None:
         try:
@@ -172,6 +209,8 @@ class EngineWorker:
         waiters: list[Waiter] = []
         for output in outputs:
             find = self._mailboxes.pop if output.finished else self._mailboxes.get
+            if output.finished:
+                self.last_used = time.monotonic()
             mailbox = find(output.request_id, None)
             if mailbox is not None:
                 waiters.extend(mailbox.put(output))

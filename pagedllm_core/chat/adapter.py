@@ -43,6 +43,7 @@ class EngineSource:
         self._config = config
         self._given = engine
         self.token = token
+        self.keep_alive: float | None = None
         self._shared: weakref.ref[AsyncEngine] | None = None
         self._loading: Future[AsyncEngine] | None = None
         self._lock = threading.Lock()
@@ -69,7 +70,7 @@ class EngineSource:
         if self._given is not None:
             return self._given
         engine = None if self._shared is None else self._shared()
-        return None if engine is None or engine.closed else engine
+        return None if engine is None or engine.closed or not engine.touch(self.keep_alive) else engine
 
     def _load(self) -> Future[AsyncEngine]:
         """Load on a thread of its own, once for all who wait: a loop's default executor has few threads."""
@@ -90,6 +91,7 @@ class EngineSource:
         try:
             with _token_in_environment(self.token):
                 engine = get_engine(self._config)
+                engine.touch(self.keep_alive)
         except BaseException as error:  # whoever waits gets it
             with self._lock:
                 self._loading = None
@@ -117,11 +119,19 @@ def _token_in_environment(token: str | None) -> Iterator[None]:
 _SOURCES: dict[EngineConfig, EngineSource] = {}
 
 
-def shared_engine(config: EngineConfig, token: str | None = None) -> EngineSource:
-    """Where to get the process's engine of this configuration; `token` counts when it has to be downloaded."""
+def shared_engine(config: EngineConfig, token: str | None = None, keep_alive: float | None = None) -> EngineSource:
+    """Where to get the process's engine of this configuration.
+
+    Args:
+        config: The configuration.
+        token: Counts when the model has to be downloaded.
+        keep_alive: Seconds that the engine stays loaded without work; None leaves that as it is.
+    """
     source = _SOURCES.get(config) or _SOURCES.setdefault(config, EngineSource(config))
     if token is not None:
         source.token = token  # whoever has one gives it to all who ask for this model
+    if keep_alive is not None:
+        source.keep_alive = keep_alive
     return source
 
 

@@ -75,6 +75,9 @@ class AdapterFields(BaseModel):
     max_num_seqs: int | None = Field(None, description="Most sequences in one step.")
     kv_cache_memory: int | str | None = Field(None, description='Bytes of the KV pool, or e.g. "2GiB".')
     enable_prefix_caching: bool | None = Field(None, description="Reuse equal prefixes across calls.")
+    keep_alive: float | None = Field(
+        None, gt=0, description="Seconds that the engine stays loaded without work; None: until it is closed."
+    )
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further fields of `EngineConfig`.")
 
     @model_validator(mode="before")
@@ -108,7 +111,7 @@ class AdapterFields(BaseModel):
     def _source(self, model: str | None = None) -> EngineSource:
         if self.engine is not None and model in (None, self.model):
             return EngineSource(self.engine.config, self.engine)
-        return shared_engine(self.engine_config(model), self._hub_token())
+        return shared_engine(self.engine_config(model), self._hub_token(), self.keep_alive)
 
     def close(self) -> None:
         """Free the engine, if it is loaded; who else uses it gets `EngineClosedError`, and later calls load anew."""

@@ -15,9 +15,16 @@ from typing import Any
 
 import pytest
 
+from pagedllm_core import registry
 from pagedllm_core.async_engine import AsyncEngine
 from pagedllm_core.config import EngineConfig
-from pagedllm_core.errors import EngineClosedError, InvalidRequestError, RequestFailedError, RequestTimeoutError
+from pagedllm_core.errors import (
+    EngineClosedError,
+    InvalidRequestError,
+    ModelLoadError,
+    RequestFailedError,
+    RequestTimeoutError,
+)
 from pagedllm_core.params import SamplingParams
 from pagedllm_core.registry import get_engine, list_engines, shutdown
 from pagedllm_core.streams import merge_outputs
@@ -444,3 +451,67 @@ next(iter(handle))
     )
     assert run.returncode == {"sys.exit(3)": 3, "1 / 0": 1}.get(ending, 0), run.stderr
     assert "Fatal" not in run.stderr
+
+
+def test_an_idle_engine_leaves_after_its_time_and_not_before() -> None:
+    engine = make()
+    assert engine.touch(keep_alive=60.0)
+    handle = engine.submit([1, 2], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert len(handle.result().outputs[0].token_ids) == 3
+    assert not engine.closed
+    assert engine.idle_since is not None
+    assert engine.touch(keep_alive=0.01)
+    engine._worker._thread.join(timeout=30)
+    assert engine.closed
+    assert not engine.touch()
+    with pytest.raises(EngineClosedError):
+        engine.submit([1, 2])
+
+
+def test_an_engine_with_work_does_not_leave() -> None:
+    runner, release, entered = FakeRunner(), threading.Event(), threading.Event()
+
+    def hold(batch: Any) -> None:
+        entered.set()
+        release.wait(30)
+
+    runner.before_run = hold
+    engine = make(runner)
+    handle = engine.submit([1, 2], SamplingParams(max_tokens=20, ignore_eos=True))
+    assert entered.wait(30)
+    assert engine.idle_since is None
+    assert engine.touch(keep_alive=1e-6)
+    release.set()
+    assert len(handle.result().outputs[0].token_ids) == 20
+    engine._worker._thread.join(timeout=30)
+    assert engine.closed
+
+
+def test_idle_engines_make_room_the_least_recently_used_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_engines", {})
+    closed: list[str] = []
+
+    def load(config: EngineConfig) -> AsyncEngine:
+        if len(closed) < 2 and config.model == "large":
+            try:
+                raise MemoryError("no room")
+            except MemoryError as error:
+                raise ModelLoadError("does not fit into memory") from error
+        engine = AsyncEngine(config, runner=FakeRunner())
+        close = engine.close
+        monkeypatch.setattr(engine, "close", lambda: (closed.append(config.model), close()))
+        return engine
+
+    monkeypatch.setattr(registry, "AsyncEngine", load)
+    first, second, third = (get_engine(EngineConfig(model=name, block_size=4)) for name in ("a", "b", "c"))
+    first.submit([1], SamplingParams(max_tokens=1)).result()
+    large = get_engine(EngineConfig(model="large", block_size=4))
+    assert closed == ["b", "c"]
+    assert second.closed and third.closed  # noqa: PT018
+    assert not first.closed
+    closed.clear()
+    monkeypatch.setattr(registry, "_evict_idle", lambda: False)
+    with pytest.raises(ModelLoadError):
+        get_engine(EngineConfig(model="large", block_size=4, seed=1))
+    for engine in (first, large):
+        engine.close()

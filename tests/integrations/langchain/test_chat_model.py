@@ -15,6 +15,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.runnables import ConfigurableField
 from langchain_core.tools import tool
 from langchain_pagedllm import ChatPagedLLM, PagedLLM
+from pydantic import ValidationError
 
 from pagedllm_core import AsyncEngine, EngineConfig, get_engine, list_engines, registry, shutdown
 from pagedllm_core.errors import InvalidRequestError, RequestTimeoutError
@@ -264,6 +265,18 @@ async def test_closing_frees_the_engine_and_the_next_call_builds_anew():
     async with chat:
         await chat.ainvoke("Hi")
     assert list_engines() == []
+
+
+@pytest.mark.usefixtures("fresh_engines")
+def test_an_engine_that_is_not_used_is_let_go():
+    chat = ChatPagedLLM(model="tiny", max_tokens=1, keep_alive=0.05)
+    for _ in range(2):
+        chat.invoke("Hi")
+        for engine in list_engines():
+            engine._worker._thread.join(timeout=30)
+        assert list_engines() == []
+    with pytest.raises(ValidationError, match="keep_alive"):
+        ChatPagedLLM(model="tiny", keep_alive=0)
 
 
 @tool
