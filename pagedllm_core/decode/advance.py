@@ -103,7 +103,7 @@ def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> tor
     logits = raw
     guides = [choice.sequence.guide for choice in choices]
     guided = any(guide is not None for guide in guides)
-    if guided or any(choice.request.rules.active for choice in choices):
+    if any(choice.request.rules.active for choice in choices):
         logits = raw.clone()
         for row, choice in enumerate(choices):
             if choice.request.rules.active and choice.request not in failures:
@@ -112,13 +112,19 @@ def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> tor
                 except Exception as error:
                     failures[choice.request] = as_failure(choice.request.request_id, error)
     if guided:
-        mask_logits(logits, guides)
+        logits = mask_logits(logits, guides)
     best = most_likely(logits)
     possible = logits.gather(1, best[:, None]).squeeze(1).isfinite()
     if not bool(possible.all()):
         for row in (~possible).nonzero().flatten().tolist():
-            failures.setdefault(choices[row].request, RequestFailedError(NO_TOKEN))
-        logits = torch.where(possible[:, None], logits, 0.0)
+            guide = guides[row]
+            if guide is None:
+                failures.setdefault(choices[row].request, RequestFailedError(NO_TOKEN))
+                best[row] = 0
+            else:  # other rules forbid all that the grammar allows; what has a form goes on
+                best[row] = guide.way_on
+            logits = logits.clone() if logits is raw else logits
+            force(logits[row], int(best[row]))
     draws = [Draw(choice.request.sampling, choice.child, choice.sequence.num_tokens) for choice in choices]
     tokens = sample(logits, draws, best)
     if guided:
@@ -140,7 +146,7 @@ def _keep_to_budget(
         for row in rows:
             logits[row, chosen[row]] = -torch.inf
             guide = guides[row]
-            if guide is not None and (attempt == MAX_REJECTIONS or not bool(logits[row].isfinite().any())):
+            if guide is not None and (attempt == MAX_REJECTIONS or float(logits[row].max()) == -torch.inf):
                 force(logits[row], guide.way_on)
         tokens[rows] = sample(logits[rows], [draws[row] for row in rows])
 

@@ -72,7 +72,10 @@ def _candidates(
     if request.grammar is None:
         return best_candidates(logprobs, state)
     guides = [parent.guide for parent in parents]
-    mask_logits(logprobs, guides)
+    logprobs = mask_logits(logprobs, guides)
+    for row, guide in zip(logprobs, guides, strict=True):
+        if guide is not None and float(row.max()) == -torch.inf:
+            force(row, guide.way_on)
     room = request.max_tokens - parents[0].num_generated - 1
     for _ in range(MAX_ROUNDS):
         candidates = best_candidates(logprobs, state)
@@ -83,7 +86,7 @@ def _candidates(
             logprobs[one.parent, one.token] = -torch.inf
         for number in {one.parent for one in wrong}:
             guide = guides[number]
-            if guide is not None and not bool(logprobs[number].isfinite().any()):
+            if guide is not None and float(logprobs[number].max()) == -torch.inf:
                 force(logprobs[number], guide.way_on)
     for row, guide in zip(logprobs, guides, strict=True):
         if guide is not None:

@@ -123,7 +123,7 @@ class Vocabulary:
 
 
 def _bits(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    return np.unpackbits(mask, bitorder="little")
+    return np.unpackbits(mask, axis=-1, bitorder="little")
 
 
 @dataclass
@@ -170,6 +170,21 @@ class Guide:
         if self.forced:
             return self.forced[0]
         return self.way_on if self.matcher is None or self.finished else None
+
+    def fill(self, words: npt.NDArray[np.int32]) -> None:
+        """Set the bits of the tokens that may come, and no others; int32 [vocabulary / 32, rounded up]."""
+        token = self.only()
+        if token is None and self.matcher is not None:
+            self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            if self.matcher.is_error():
+                self.matcher = None  # out of its limits: the closing is followed from now on
+                token = self.way_on
+            elif not self.may_end:
+                for end in self.vocabulary.end_tokens:
+                    words[end // 32] &= ~np.int32(1 << end % 32 if end % 32 < 31 else -(1 << 31))
+        if token is not None:
+            words.fill(0)
+            words[token // 32] = np.int32(1 << token % 32 if token % 32 < 31 else -(1 << 31))
 
     def fits(self, token: int, room: int) -> bool:
         """Whether the output can still be completed with `room` tokens after `token`.
@@ -235,51 +250,27 @@ class Guide:
         return tokens
 
 
-def mask_logits(logits: torch.Tensor, guides: Sequence[Guide | None]) -> None:
-    """Set what the grammars do not allow to -inf, in place. A row where nothing is left gets its `way_on`.
+def mask_logits(logits: torch.Tensor, guides: Sequence[Guide | None]) -> torch.Tensor:
+    """The logits with -inf where the grammars do not allow a token. In one pass: a vocabulary may have 150,000.
 
     Args:
-        logits: float32 [rows, vocabulary].
+        logits: float32 [rows, vocabulary]; left as they are.
         guides: One per row; None leaves the row as it is.
+
+    Returns:
+        float32 [rows, vocabulary]; a row may have nothing left where other rules forbid what the grammar allows.
     """
-    import llguidance.numpy
-
-    rows = [row for row, guide in enumerate(guides) if guide is not None]
-    matched = []
-    for row in rows:
-        guide = guides[row]
-        if guide is None:
-            continue
-        if (token := guide.only()) is not None:
-            force(logits[row], token)
-        elif guide.matcher is not None:
-            matched.append((row, guide))
-    if not matched:
-        return
     width = logits.shape[1]
-    masks = np.zeros((len(matched), (width + 31) // 32), dtype=np.int32)
-    for place, (_, guide) in enumerate(matched):
-        if guide.matcher is not None:
-            llguidance.numpy.fill_next_token_bitmask(guide.matcher, masks, place)
-    for place, (row, guide) in enumerate(matched):
-        if guide.matcher is None or guide.matcher.is_error():
-            guide.matcher = None  # out of its limits: the closing is followed from now on
-            force(logits[row], guide.way_on)
-            continue
-        _apply(logits[row], masks[place].view(np.uint8))
-        if not guide.may_end:
-            logits[row, list(guide.vocabulary.end_tokens)] = -torch.inf
-        if not bool(logits[row].isfinite().any()):
-            force(logits[row], guide.way_on)
-
-
-def _apply(row: torch.Tensor, mask: npt.NDArray[np.uint8]) -> None:
-    allowed = _bits(mask)[: row.shape[0]]
-    row.masked_fill_(torch.from_numpy(allowed == 0).to(row.device), -torch.inf)
+    words = np.full((len(guides), (width + 31) // 32), -1, dtype=np.int32)
+    for row, guide in enumerate(guides):
+        if guide is not None:
+            guide.fill(words[row])
+    allowed = _bits(words.view(np.uint8))[:, :width]
+    return torch.where(torch.from_numpy(allowed).view(torch.bool).to(logits.device), logits, -torch.inf)
 
 
 def force(row: torch.Tensor, token: int) -> None:
-    """Leave one token of a row, in place."""
+    """Leave one token of a row, in place, with its score where it has one."""
     score = row[token].item()
     row.fill_(-torch.inf)
     row[token] = score if score > -torch.inf else 0.0
