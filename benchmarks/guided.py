@@ -65,7 +65,7 @@ def documents(tokenizer: Any, least: int) -> Iterator[tuple[dict[str, Any], list
         chosen = [kinds[0], *generator.sample(kinds, k=generator.randrange(3, 7))]
         made = [(words(1).replace(" ", "_"), make(), write) for make, write in chosen]
         inner = record({name: schema for name, schema, _ in made[:2]})
-        schema = array(record({**{name: schema for name, schema, _ in made[2:]}, "of": inner}))
+        schema = array(record({**{name: schema for name, schema, _ in made[2:]}, "of": inner}), minItems=1)
         rows: list[dict[str, Any]] = []
         ids: list[int] = []
         while len(ids) < least:
@@ -237,7 +237,7 @@ class Result:
 
 
 def measure(tokenizer: Any, work: list[tuple[dict[str, Any], list[int]]], case: Case, model: Engine | None) -> Result:
-    """Steps of both engines and of the model in turn, as long as every guided request runs."""
+    """Steps of both engines and of the model in turn, as long as nearly all guided requests run."""
     engines = [start(tokenizer, work, case, held) for held in (True, False)]
     result = Result(case, [], [], [], Clock(), 0.0)
     warm = 2 if case.max_tokens < 1000 else WARM
@@ -247,7 +247,7 @@ def measure(tokenizer: Any, work: list[tuple[dict[str, Any], list[int]]], case: 
     before, rows = generated(engines[0]), 0
     for number in tqdm(range(case.steps), desc=case.name, leave=False):
         running = engines[0].stats().running
-        if running < BATCH:
+        if running < BATCH - 4:
             break
         rows += running
         result.clock.steps.append({})
@@ -256,7 +256,7 @@ def measure(tokenizer: Any, work: list[tuple[dict[str, Any], list[int]]], case: 
         result.free.append(milliseconds(engines[1].step))
         if model is not None and number % 6 == 0:
             result.model.append(milliseconds(model.step))
-    result.tokens = (generated(engines[0]) - before) / rows
+    result.tokens = (generated(engines[0]) - before) / max(rows, 1)
     return result
 
 

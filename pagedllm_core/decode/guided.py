@@ -41,18 +41,21 @@ class Vocabulary:
         tokenizer: llguidance's.
         end_tokens: The ids that may end an output.
         characters: The tokens of `_CHARACTERS`, each as ids.
+        single: The first of each.
         literals: The texts and single tokens that a grammar names: one of them may be the only end of a text.
     """
 
     tokenizer: LLTokenizer
     end_tokens: tuple[int, ...]
     characters: tuple[list[int], ...]
+    single: npt.NDArray[np.int64]
     literals: tuple[list[int], ...] = ()
 
     @classmethod
     def of(cls, tokenizer: LLTokenizer, end_tokens: tuple[int, ...]) -> Vocabulary:
         """The vocabulary of a tokenizer with these end tokens, of which there is at least one."""
-        return cls(tokenizer, end_tokens, tuple(map(tokenizer.tokenize_str, _CHARACTERS)))
+        characters = tuple(map(tokenizer.tokenize_str, _CHARACTERS))
+        return cls(tokenizer, end_tokens, characters, np.array([ids[0] for ids in characters]))
 
     def completes(self, matcher: LLMatcher, tokens: list[int]) -> bool:
         """Whether `tokens` lead from the matcher's state to a complete output."""
@@ -115,7 +118,14 @@ class Vocabulary:
         return self.characters[may_come[(visits[may_come] - 1) % len(may_come)]]
 
     def _may_come(self, matcher: LLMatcher) -> tuple[int, ...]:
-        return tuple(n for n, ids in enumerate(self.characters) if matcher.validate_tokens(ids) == len(ids))
+        """The numbers of the characters that may come next; one mask tells of all that are single tokens."""
+        mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        bits = mask[self.single // 8] >> (self.single % 8) & 1
+        return tuple(
+            number
+            for number, (bit, ids) in enumerate(zip(bits.tolist(), self.characters, strict=True))
+            if (bit if len(ids) == 1 else matcher.validate_tokens(ids) == len(ids))
+        )
 
     def _is_text(self, may_come: tuple[int, ...]) -> bool:
         """Within a text nearly everything may come."""
