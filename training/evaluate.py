@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import random
+import re
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from .heldout import TASKS
 log = logging.getLogger("training")
 LAST_TURN = {"conversation"}
 """Tasks of which the last turn is asked, not a random one."""
+CALLS = """start: call ("\\n" call)*
+call: <[2042]> "\\n{{\\"name\\": " name ", \\"arguments\\": " arguments "}}\\n" <[2043]>
+name: {names}
+arguments: %json {{"type": "object", "x-guidance": {{"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "}}}}"""
+"""The form of tool calls, with names that exist and arguments that are any object."""
 
 
 def split(dialogue: Dialogue) -> list[tuple[str, str]]:
@@ -94,6 +100,53 @@ def evaluate(
     return result
 
 
+def schema_of(answer: dict[str, Any]) -> dict[str, Any]:
+    """The schema that an extraction is asked for with: the keys of the answer in their order, and their types."""
+    kinds: dict[type, dict[str, Any]] = {
+        str: {"type": "string"},
+        int: {"type": "integer"},
+        float: {"type": "number"},
+        list: {"type": "array", "items": {"type": "string"}},
+    }
+    properties = {key: kinds[type(value)] for key, value in answer.items()}
+    return {"type": "object", "properties": properties, "required": list(answer)}
+
+
+def evaluate_held(folder: str, per_task: int, seed: int = 7) -> dict[str, float]:
+    """The share of exactly right extractions and calls whose form PagedLLM holds, as its users ask for them."""
+    from pagedllm_core import LLM, GuidedParams, SamplingParams
+
+    result = {}
+    with LLM(model=folder, kv_cache_memory="256MiB") as llm:
+        for task in ("json", "tools", "unicode"):
+            rng = random.Random(f"{task}-{seed}")
+            chosen = [rng.choice(split(TASKS[task](rng))) for _ in range(per_task)]
+            params = [_held(task, expected) for _, expected in chosen]
+            prompts = [
+                {"prompt_token_ids": llm.get_tokenizer()(prompt, add_special_tokens=False)["input_ids"]}
+                for prompt, _ in chosen
+            ]
+            outputs = llm.generate(
+                prompts,
+                [SamplingParams(max_tokens=150, guided=one and GuidedParams(**one)) for one in params],
+                use_tqdm=False,
+            )
+            texts = [output.outputs[0].text for output in outputs]
+            right = [text == expected for text, (_, expected) in zip(texts, chosen, strict=True)]
+            result[task] = round(sum(right) / per_task, 3)
+    return result
+
+
+def _held(task: str, expected: str) -> dict[str, Any] | None:
+    """What holds an answer: the schema of an extraction, the form of the calls, nothing for text."""
+    if task == "json":
+        return {"json": schema_of(json.loads(expected))}
+    if not expected.startswith("<tool_call>"):
+        return None
+    names = dict.fromkeys(re.findall(r'\{"name": ("[^"]*")', expected))
+    return {"grammar": CALLS.format(names=" | ".join(json.dumps(name) for name in names))}
+
+
 def overall(result: dict[str, float]) -> float:
     """One figure for a result: half of it the questions about prose and documents."""
     main = ("prose", "context", "leaflets")
@@ -108,6 +161,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--per-task", type=int, default=100)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument(
+        "--held", action="store_true", help="extractions and calls as PagedLLM's grammars hold them, too"
+    )
     parser.add_argument("--failures", help="write the wrong answers to this JSON lines file")
     parser.add_argument("--output", help="write the table to this JSON file")
     arguments = parser.parse_args()
@@ -118,12 +174,17 @@ def main() -> None:
     result = evaluate(model, tokenizer, arguments.per_task, arguments.seed, wrong)
     for task, score in result.items():
         log.info("%-16s %5.1f %%  (n = %d)", task, 100 * score, arguments.per_task)
+    held = evaluate_held(arguments.model, arguments.per_task, arguments.seed) if arguments.held else {}
+    for task, score in held.items():
+        log.info("%-16s %5.1f %%  (n = %d, held to its form)", task, 100 * score, arguments.per_task)
     if arguments.failures:
         with open(arguments.failures, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in wrong)
     if arguments.output:
         with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump({"per_task": arguments.per_task, "seed": arguments.seed, "exact": result}, file, indent=1)
+            json.dump(
+                {"per_task": arguments.per_task, "seed": arguments.seed, "exact": result, "held": held}, file, indent=1
+            )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ import torch
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_CLOSING = 4096  # tokens; a search for a closing gives up beyond
+MAX_CLOSING = 4096  # tokens; at submission a search for a closing gives up beyond
+MAX_DETOUR = 256  # the same for a search in the middle of an output, which all requests of a step wait for
 # What a closing tries first where several things may come: the ends of what is open, then the shortest values.
 _ENDS = """}]"01ntf[{ ,:@.aA-/TZ+"""
 _CHARACTERS = _ENDS + "".join(chr(code) for code in range(32, 127) if chr(code) not in _ENDS)
@@ -63,14 +64,15 @@ class Vocabulary:
             return bool(matcher.is_accepting())
         return bool(matcher.validate_tokens([*tokens, self.end_tokens[0]]) == len(tokens) + 1)
 
-    def closing(self, matcher: LLMatcher, hint: Sequence[int] = ()) -> list[int] | None:
+    def closing(self, matcher: LLMatcher, hint: Sequence[int] = (), limit: int = MAX_CLOSING) -> list[int] | None:
         """Tokens that complete the output, or None where none were found.
 
         Args:
             matcher: Where the output is; left as it is.
             hint: Tokens that completed it before; the search ends as soon as these do again.
+            limit: Tokens to look for beyond the hint.
         """
-        found = self._close(matcher.deep_copy(), list(hint))
+        found = self._close(matcher.deep_copy(), list(hint), limit)
         if found is None:
             return None
         shorter = self._as_written(found)
@@ -84,11 +86,11 @@ class Vocabulary:
             written += ids if single else self.tokenizer.tokenize_bytes(self.tokenizer.decode_bytes(ids))
         return written
 
-    def _close(self, matcher: LLMatcher, known: list[int]) -> list[int] | None:
+    def _close(self, matcher: LLMatcher, known: list[int], limit: int) -> list[int] | None:
         """Drive a matcher to a complete output: what is forced, else the best end that may come."""
         path: list[int] = []
         visits: Counter[tuple[int, ...]] = Counter()
-        while len(path) < MAX_CLOSING and not matcher.is_error():
+        while len(path) < limit and not matcher.is_error():
             if matcher.is_accepting():
                 return path
             if known and self.completes(matcher, known):
@@ -227,7 +229,7 @@ class Guide:
             if self.vocabulary.completes(self.matcher, [token, *rest]):
                 return rest
         after = self.matcher.deep_copy()
-        return self.vocabulary.closing(after, self.closing) if after.consume_token(token) else None
+        return self.vocabulary.closing(after, self.closing, MAX_DETOUR) if after.consume_token(token) else None
 
     def advance(self, token: int) -> None:
         """Take a token that `fits` or that is `way_on`."""
@@ -253,7 +255,7 @@ class Guide:
         after = self.matcher.deep_copy()
         if not after.consume_tokens(tokens):
             return []
-        rest = self.vocabulary.closing(after, closing)
+        rest = self.vocabulary.closing(after, closing, MAX_DETOUR)
         if rest is None or len(rest) + len(tokens) > len(closing):
             return []
         self.closing = tokens + rest
