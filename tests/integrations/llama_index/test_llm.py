@@ -133,8 +133,6 @@ def test_parameters_per_call(llm):
     llm.chat(CHAT, parallel_tool_calls=False, extra_headers={})
     with pytest.warns(UserWarning, match="unknown argument temprature is ignored"):
         llm.chat(CHAT, temprature=1)
-    with pytest.raises(InvalidRequestError, match="response_format: not supported yet"):
-        llm.chat(CHAT, response_format={"type": "json_object"})
     with pytest.raises(InvalidRequestError, match="n=2"):
         llm.chat(CHAT, n=2, temperature=1)
 

@@ -19,25 +19,20 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
-from llama_index.llms.pagedllm.convert import (
-    ChatStream,
-    as_completion,
-    to_chat_response,
-    to_completion_response,
-    to_template_messages,
-)
+from llama_index.llms.pagedllm.convert import ChatStream, Source, as_completion, to_chat_response, to_template_messages
+from llama_index.llms.pagedllm.structured import StructuredPrediction, as_tool, response_schema
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 
 from pagedllm_core.chat.adapter import Call, EngineSource, watched
-from pagedllm_core.chat.fields import AdapterFields
 from pagedllm_core.chat.tools import tool_choice as parse_tool_choice
 from pagedllm_core.errors import InvalidRequestError
+from pagedllm_core.params import GuidedParams
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
 
+    from pagedllm_core.async_engine import AsyncEngine
     from pagedllm_core.streams import RequestHandle
 
 _CHAT_ARGUMENTS = frozenset({
@@ -48,7 +43,7 @@ _CHAT_ARGUMENTS = frozenset({
 _IGNORED = frozenset({"stream", "extra_headers", "extra_query", "extra_body", "user", "formatted"})
 
 
-class PagedLLM(AdapterFields, FunctionCallingLLM):
+class PagedLLM(StructuredPrediction):
     """A function-calling LLM on a paged engine inside this process.
 
     Making one is cheap: the engine is built at the first call and shared by everyone who names the same configuration,
@@ -74,8 +69,10 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         """What the loaded model can do; loads it."""
         engine = self._source().get()
         template = self.chat_template or getattr(engine.tokenizer, "chat_template", None)
+        # Not of `engine.stats()`, which waits for the step in flight: every call's events ask for this.
+        pool = engine._worker.core.runner.num_blocks * engine.config.block_size
         return LLMMetadata(
-            context_window=engine.max_model_len,
+            context_window=min(engine.max_model_len, pool),
             num_output=-1 if self.max_tokens is None else self.max_tokens,
             is_chat_model=bool(template),
             is_function_calling_model="tools" in str(template),
@@ -86,6 +83,12 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
     def tokenizer(self) -> Any:
         """The model's tokenizer, for `Settings.tokenizer`; loads the model."""
         return self._source().get().tokenizer.encode
+
+    @property
+    def recommended_concurrency(self) -> int:
+        """How many calls at once one step takes; see `raise_concurrency`. Loads nothing."""
+        config = self.engine_config() if self.engine is None else self.engine.config
+        return int(config.max_num_seqs)
 
     def to_payload(self) -> dict[str, Any]:
         """What events say about this model. It is asked for at the start of each call, so it must not load anything."""
@@ -98,15 +101,15 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
         call = self._chat_call(messages, kwargs)
-        answer = call.run(self._source(kwargs.get("model")).get())
-        return to_chat_response(answer, kwargs.get("model") or self.model)
+        engine = self._source(kwargs.get("model")).get()
+        return to_chat_response(call.run(engine), self._reply_source(engine, kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation; cancelling the task frees its memory."""
         call = self._chat_call(messages, kwargs)
-        answer = await call.arun(await self._source(kwargs.get("model")).aget())
-        return to_chat_response(answer, kwargs.get("model") or self.model)
+        engine = await self._source(kwargs.get("model")).aget()
+        return to_chat_response(await call.arun(engine), self._reply_source(engine, kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -125,7 +128,7 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         """Complete a prompt."""
         source = self._source(kwargs.get("model"))
         answer = self._completion_call(source, prompt, formatted, kwargs).run(source.get())
-        return to_completion_response(answer.output, kwargs.get("model") or self.model)
+        return as_completion(to_chat_response(answer, self._reply_source(source.get(), kwargs)))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -133,7 +136,7 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         source = self._source(kwargs.get("model"))
         engine = await source.aget()
         answer = await self._completion_call(source, prompt, formatted, kwargs).arun(engine)
-        return to_completion_response(answer.output, kwargs.get("model") or self.model)
+        return as_completion(to_chat_response(answer, self._reply_source(engine, kwargs)))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
@@ -159,8 +162,9 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         return responses()
 
     def _stream(self, call: Call, given: dict[str, Any]) -> ChatResponseGen:
-        handle, style = call.submit(self._source(given.get("model")).get(), stream=True)
-        return self._responses(handle, ChatStream(given.get("model") or self.model, style))
+        engine = self._source(given.get("model")).get()
+        handle, style = call.submit(engine, stream=True)
+        return self._responses(handle, ChatStream(style, self._reply_source(engine, given)))
 
     @staticmethod
     def _responses(handle: RequestHandle, stream: ChatStream) -> ChatResponseGen:
@@ -172,8 +176,9 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
                 handle.cancel()
 
     async def _astream(self, call: Call, given: dict[str, Any]) -> ChatResponseAsyncGen:
-        handle, style = await call.asubmit(await self._source(given.get("model")).aget(), stream=True)
-        return self._aresponses(handle, ChatStream(given.get("model") or self.model, style))
+        engine = await self._source(given.get("model")).aget()
+        handle, style = await call.asubmit(engine, stream=True)
+        return self._aresponses(handle, ChatStream(style, self._reply_source(engine, given)))
 
     @staticmethod
     async def _aresponses(handle: RequestHandle, stream: ChatStream) -> ChatResponseAsyncGen:
@@ -185,11 +190,17 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         finally:
             await outputs.aclose()
 
+    def _reply_source(self, engine: AsyncEngine, given: dict[str, Any]) -> Source:
+        return Source(engine, given.get("model") or self.model)
+
     def _chat_call(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> Call:
         given = self._checked(kwargs)
         to_prompt: Any = self.messages_to_prompt
         if to_prompt is not default_messages_to_prompt:
             return self._raw_call(to_prompt(messages), given)
+        schema = response_schema(given.get("response_format"))
+        if schema is not None:
+            given = {**given, "guided": None}
         tools = given.get("tools") or ()
         choice = parse_tool_choice(given.get("tool_choice"), tools)
         parallel = given.get("parallel_tool_calls", self.parallel_tool_calls)
@@ -199,6 +210,7 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
             tools=tools,
             choice=choice,
             parallel=choice.mode != "required" if parallel is None else bool(parallel),
+            schema=schema,
             tool_parser=given.get("tool_parser", self.tool_parser),
             reasoning_parser=given.get("reasoning_parser", self.reasoning_parser),
             chat_template=given.get("chat_template", self.chat_template),
@@ -219,14 +231,21 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         return self._chat_call([ChatMessage(content=prompt, role=MessageRole.USER)], given)
 
     def _raw_call(self, prompt: str, given: dict[str, Any]) -> Call:
+        if given.get("tools"):
+            raise InvalidRequestError(
+                "tools: only a chat template shows them to the model; leave out messages_to_prompt, or the tools"
+            )
         timeout = given.get("timeout", self.timeout)
+        schema = response_schema(given.get("response_format"))
+        if schema is not None:  # what is held to a form ends by itself
+            given = {**given, "guided": GuidedParams(json=dict(schema)), "stop": [], "stop_token_ids": []}
         return Call(params=self._sampling(given), prompt=prompt, timeout=timeout, share_key=_share_key(given))
 
     def _checked(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         given = self._by_own_names(kwargs)
         self._warn_unknown_arguments(given, _CHAT_ARGUMENTS | _IGNORED)
-        if given.get("response_format") is not None:
-            raise InvalidRequestError("response_format: not supported yet; leave it out, structured_predict works")
+        if given.get("response_format") is not None and given.get("guided") is not None:
+            raise InvalidRequestError("response_format, guided: both say what the reply is held to; give one of them")
         if given.get("n", self.n) != 1:
             n = given.get("n", self.n)
             raise InvalidRequestError(f"n={n}: a response carries one reply; use n=1, and best_of for the beams' width")
@@ -248,7 +267,7 @@ class PagedLLM(AdapterFields, FunctionCallingLLM):
         messages = list(chat_history or ())
         if user_msg is not None:
             messages.append(ChatMessage(content=user_msg) if isinstance(user_msg, str) else user_msg)
-        converted = [tool.metadata.to_openai_tool() for tool in tools]
+        converted = [as_tool(tool) for tool in tools]
         if tool_choice is None and tool_required and converted:
             tool_choice = "required"
         parse_tool_choice(tool_choice, converted)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import (
     CachePoint,
@@ -19,13 +20,17 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from pydantic_core import from_json
 
-from pagedllm_core.chat.adapter import Answer
 from pagedllm_core.chat.messages import template_role
 from pagedllm_core.chat.reply import Piece, ReplyReader, ReplyStyle, collect, read_reply
 from pagedllm_core.chat.tools import ToolCall
 from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.outputs import CompletionOutput, Logprob, RequestOutput
+
+if TYPE_CHECKING:
+    from pagedllm_core.async_engine import AsyncEngine
+    from pagedllm_core.chat.adapter import Answer
 
 
 def to_template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -89,28 +94,34 @@ def _call_from_extra(call: Any) -> dict[str, Any]:
     return _openai_call(plain.get("id"), function["name"], function.get("arguments") or {})
 
 
-def to_chat_response(answer: Answer, model: str) -> ChatResponse:
+@dataclass(frozen=True)
+class Source:
+    """Where a reply comes from.
+
+    Attributes:
+        engine: The engine, for its tokenizer.
+        model: The name the caller knows it by.
+    """
+
+    engine: AsyncEngine
+    model: str
+
+    def count(self, reasoning: str) -> int:
+        """The number of tokens of a reasoning's text."""
+        return len(self.engine.tokenizer(reasoning, add_special_tokens=False)["input_ids"]) if reasoning else 0
+
+
+def to_chat_response(answer: Answer, source: Source) -> ChatResponse:
     """A finished request."""
     output = answer.output
     completion = output.outputs[0]
     reply = read_reply(completion.text, answer.style)
-    usage = _usage(output)
-    message = _message(reply.content, reply.tool_calls)
+    thought = source.count(reply.reasoning)
+    usage = _usage(output, thought)
+    message = _message(reply.content, reply.tool_calls, reply.reasoning, thought)
     return ChatResponse(
         message=message,
-        raw=_raw(output, completion, model, message, usage, bool(reply.tool_calls)),
-        logprobs=to_logprobs(completion),
-        additional_kwargs=_counts(usage),
-    )
-
-
-def to_completion_response(output: RequestOutput, model: str) -> CompletionResponse:
-    """A finished request, as text."""
-    completion = output.outputs[0]
-    usage = _usage(output)
-    return CompletionResponse(
-        text=completion.text,
-        raw=_raw(output, completion, model, _message(completion.text, []), usage, False),
+        raw=_raw(output, completion, source.model, message, usage),
         logprobs=to_logprobs(completion),
         additional_kwargs=_counts(usage),
     )
@@ -119,33 +130,51 @@ def to_completion_response(output: RequestOutput, model: str) -> CompletionRespo
 class ChatStream:
     """Turns a streamed request's outputs into responses that hold the reply so far, and what is new."""
 
-    def __init__(self, model: str, style: ReplyStyle) -> None:
-        self._model = model
+    def __init__(self, style: ReplyStyle, source: Source) -> None:
         self._reader = ReplyReader(style)
+        self._source = source
         self._pieces: list[Piece] = []
         self._text = ""
+        self._reasoning = ""
 
     def feed(self, output: RequestOutput) -> Iterator[ChatResponse]:
-        """The responses of one output; the last one carries the tool calls and the usage."""
+        """The responses of one output; the last one carries the usage."""
         for completion in output.outputs:
             pieces = self._reader.feed(completion.text)
             if completion.finished:
                 pieces += self._reader.finish()
-            self._pieces += pieces
-            delta = "".join(piece.text for piece in pieces if piece.kind == "text")
-            calls = collect(self._pieces).tool_calls if completion.finished else []
-            self._text += delta
-            if not (delta or completion.finished or completion.logprobs):
-                continue
-            message = _message(self._text, calls)
-            usage = _usage(output) if completion.finished else None
-            yield ChatResponse(
-                message=message,
-                delta=delta,
-                raw=_raw(output, completion, self._model, message, usage, bool(calls)),
-                logprobs=to_logprobs(completion),
-                additional_kwargs=_counts(usage),
-            )
+            if pieces or completion.finished or completion.logprobs:
+                yield self._response(output, completion, pieces)
+
+    def _response(self, output: RequestOutput, completion: CompletionOutput, pieces: list[Piece]) -> ChatResponse:
+        delta, thinking = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("text", "reasoning"))
+        self._text += delta
+        self._reasoning += thinking
+        self._pieces += [piece for piece in pieces if piece.kind in ("call", "arguments")]
+        calls = collect(self._pieces).tool_calls if completion.finished else calls_so_far(self._pieces)
+        thought = self._source.count(self._reasoning) if completion.finished else None
+        usage = _usage(output, thought or 0) if completion.finished else None
+        message = _message(self._text, calls, self._reasoning, thought)
+        return ChatResponse(
+            message=message,
+            delta=delta,
+            raw=_raw(output, completion, self._source.model, message, usage),
+            logprobs=to_logprobs(completion),
+            additional_kwargs={**_counts(usage), **({"thinking_delta": thinking} if thinking else {})},
+        )
+
+
+def calls_so_far(pieces: Sequence[Piece]) -> list[ToolCall]:
+    """The calls that have begun, with what is there of their arguments."""
+    calls = {piece.index: ToolCall(piece.name, {}, piece.id) for piece in pieces if piece.kind == "call"}
+    texts: dict[int, list[str]] = {}
+    for piece in pieces:
+        if piece.kind == "arguments":
+            texts.setdefault(piece.index, []).append(piece.text)
+    for index, parts in texts.items():
+        found = from_json("".join(parts), allow_partial="trailing-strings")
+        calls[index].arguments.update(found if isinstance(found, dict) else {})
+    return list(calls.values())
 
 
 def as_completion(response: ChatResponse) -> CompletionResponse:
@@ -174,8 +203,9 @@ def _logprob(entry: Logprob) -> LogProb:
     return LogProb(token=token, logprob=entry.logprob, bytes=list(token.encode("utf-8", "replace")))
 
 
-def _message(text: str, calls: Sequence[ToolCall]) -> ChatMessage:
-    blocks: list[Any] = [TextBlock(text=text)] if text or not calls else []
+def _message(text: str, calls: Sequence[ToolCall], reasoning: str, thought: int | None) -> ChatMessage:
+    blocks: list[Any] = [ThinkingBlock(content=reasoning, num_tokens=thought)] if reasoning else []
+    blocks += [TextBlock(text=text)] if text or not calls else []
     blocks += [ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls]
     # Code of llama-index-core that streams looks for the calls in OpenAI's shape only.
     extra = {
@@ -191,14 +221,14 @@ def _message(text: str, calls: Sequence[ToolCall]) -> ChatMessage:
     return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=extra if calls else {})
 
 
-def _usage(output: RequestOutput) -> dict[str, Any]:
+def _usage(output: RequestOutput, thought: int) -> dict[str, Any]:
     metrics = output.metrics
     return {
         "prompt_tokens": metrics.prompt_tokens,
         "completion_tokens": metrics.output_tokens,
         "total_tokens": metrics.prompt_tokens + metrics.output_tokens,
         "prompt_tokens_details": {"cached_tokens": metrics.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": thought},
     }
 
 
@@ -212,10 +242,11 @@ def _raw(
     model: str,
     message: ChatMessage,
     usage: dict[str, Any] | None,
-    called: bool,
 ) -> dict[str, Any]:
     """What an OpenAI-compatible server would have sent; token counters and tracers read it."""
-    reason = "tool_calls" if called and completion.finish_reason == "stop" else completion.finish_reason
+    reason = (
+        "tool_calls" if message.additional_kwargs and completion.finish_reason == "stop" else completion.finish_reason
+    )
     raw: dict[str, Any] = {
         "id": output.request_id,
         "object": "chat.completion",
