@@ -86,6 +86,12 @@ class AsyncEngine:
         return self._worker.core.runner.max_model_len
 
     @property
+    def context_window(self) -> int:
+        """The longest sequence in tokens that the model and the KV pool can hold; needs no step to end."""
+        runner = self._worker.core.runner
+        return min(runner.max_model_len, runner.num_blocks * self.config.block_size)
+
+    @property
     def closed(self) -> bool:
         """True once the engine accepts no more requests."""
         return not self._worker.alive

@@ -21,6 +21,7 @@ from pagedllm_core.chat.messages import with_listed_tools
 from pagedllm_core.chat.reply import ReplyStyle
 from pagedllm_core.chat.tools import AUTO, ToolChoice, tool_name
 from pagedllm_core.config import EngineConfig
+from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.outputs import RequestOutput
 from pagedllm_core.params import SamplingParams
 from pagedllm_core.streams import RequestHandle
@@ -281,6 +282,8 @@ class Call:
         if any(token in tag for tag in tags if tag for token in added):
             params = params.model_copy(update={"skip_special_tokens": False})
         if params.guided is not None:
+            if self.choice.mode == "required" or self.schema is not None:
+                raise InvalidRequestError("guided: contradicts a demanded call and response_format; give one of them")
             return params, style
         rules = ReplyRules(self.tools, self.choice, self.parallel, self.strict, self.schema, written, reasoning, opened)
         guided = rules.guided(added)

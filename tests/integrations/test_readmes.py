@@ -14,6 +14,7 @@ PAGES = (
     "integrations/llama_index/README.md",
     "docs/guided.md",
     "docs/langchain.md",
+    "docs/llama_index.md",
 )
 # A block of `text` right after a snippet is what it prints.
 SNIPPET = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)

@@ -27,9 +27,10 @@ from langchain_pagedllm.convert import PROVIDER, Chunks, Source, to_chat_result,
 from langchain_pagedllm.errors import as_langchain_errors
 from langchain_pagedllm.fields import IGNORED_PER_CALL, PagedModel, check_streamable
 from langchain_pagedllm.sharing import configs_of_one_share, given_key, share_key, with_one_share
-from langchain_pagedllm.structured import as_tool, bindings_and_parser, response_schema, with_raw
+from langchain_pagedllm.structured import as_tool, bindings_and_parser, with_raw
 from pagedllm_core.chat.adapter import Call, watched
 from pagedllm_core.chat.profile import local_profile
+from pagedllm_core.chat.schemas import response_schema
 from pagedllm_core.chat.tools import tool_choice as parse_tool_choice
 
 if TYPE_CHECKING:
@@ -187,6 +188,9 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         tools = [as_tool(tool) for tool in given.get("tools") or ()]
         choice = parse_tool_choice(given.get("tool_choice"), tools)
         parallel = given.get("parallel_tool_calls", self.parallel_tool_calls)
+        schema = response_schema(given.get("response_format"))
+        if schema is not None or choice.mode == "required":
+            given = {"guided": None, **given}  # what the call asks for stands above the model's own field
         return Call(
             params=self._call_params(stop, given),
             messages=to_template_messages(messages),
@@ -194,7 +198,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
             choice=choice,
             parallel=choice.mode != "required" if parallel is None else bool(parallel),
             strict=bool(given.get("strict")),
-            schema=response_schema(given.get("response_format")),
+            schema=schema,
             tool_parser=given.get("tool_parser", self.tool_parser),
             reasoning_parser=given.get("reasoning_parser", self.reasoning_parser),
             chat_template=given.get("chat_template", self.chat_template),

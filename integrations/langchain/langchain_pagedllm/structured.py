@@ -18,49 +18,19 @@ from langchain_core.output_parsers import (
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import BaseModel
-from pydantic.v1 import BaseModel as BaseModelV1
 
+from pagedllm_core.chat.schemas import class_schema, is_class
 from pagedllm_core.errors import InvalidRequestError
 
 METHODS = ("json_schema", "function_calling", "json_mode")
-
-
-def response_schema(response_format: Any) -> Mapping[str, Any] | None:
-    """The JSON schema that a `response_format` asks for; None where it asks for text.
-
-    Raises:
-        InvalidRequestError: It is in no form that is known.
-    """
-    if response_format is None:
-        return None
-    if isinstance(response_format, type):
-        return _json_schema(response_format)
-    if isinstance(response_format, Mapping):
-        kind = response_format.get("type")
-        if kind == "text":
-            return None
-        if kind == "json_object":
-            schema = response_format.get("schema")
-            return schema if isinstance(schema, Mapping) else {"type": "object"}
-        if kind == "json_schema":
-            inner = response_format.get("json_schema", response_format)
-            if isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):
-                return dict(inner["schema"])
-    raise InvalidRequestError(
-        f"response_format={str(response_format)!r:.80}: use "
-        '{"type": "json_schema", "json_schema": {"schema": ...}}, {"type": "json_object"} or a pydantic class'
-    )
 
 
 def _json_schema(schema: Any) -> dict[str, Any]:
     """The whole JSON schema of a class or dictionary: core's conversion drops what stands beside properties."""
     if isinstance(schema, Mapping) and not ("name" in schema and "parameters" in schema) and "function" not in schema:
         return dict(schema)
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        return dict(_without_sets(schema.model_json_schema()))
-    if isinstance(schema, type) and issubclass(schema, BaseModelV1):
-        return dict(_without_sets(schema.schema()))
+    if is_class(schema):
+        return class_schema(schema)
     try:
         converted: dict[str, Any] = convert_to_json_schema(schema)
     except (ValueError, TypeError, KeyError) as error:
@@ -68,19 +38,10 @@ def _json_schema(schema: Any) -> dict[str, Any]:
     return converted
 
 
-def _without_sets(schema: Any) -> Any:
-    """The schema of a class without `uniqueItems`: the class itself makes a set of what it reads."""
-    if isinstance(schema, list):
-        return [_without_sets(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {key: _without_sets(value) for key, value in schema.items() if key != "uniqueItems" or value is not True}
-
-
 def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
     """A tool in OpenAI's form; a class keeps its whole schema."""
     converted = convert_to_openai_tool(tool, strict=strict)
-    if isinstance(tool, type) and issubclass(tool, BaseModel | BaseModelV1):
+    if is_class(tool):
         schema = _json_schema(tool)
         if "$defs" in schema or "definitions" in schema:
             parameters = {key: value for key, value in schema.items() if key not in ("title", "description")}

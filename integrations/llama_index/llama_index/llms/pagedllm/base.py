@@ -21,10 +21,11 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.llms.pagedllm.convert import ChatStream, Source, as_completion, to_chat_response, to_template_messages
-from llama_index.llms.pagedllm.structured import StructuredPrediction, as_tool, response_schema
+from llama_index.llms.pagedllm.structured import StructuredPrediction, as_tool
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 
 from pagedllm_core.chat.adapter import Call, EngineSource, watched
+from pagedllm_core.chat.schemas import response_schema
 from pagedllm_core.chat.tools import tool_choice as parse_tool_choice
 from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.params import GuidedParams
@@ -69,10 +70,8 @@ class PagedLLM(StructuredPrediction):
         """What the loaded model can do; loads it."""
         engine = self._source().get()
         template = self.chat_template or getattr(engine.tokenizer, "chat_template", None)
-        # Not of `engine.stats()`, which waits for the step in flight: every call's events ask for this.
-        pool = engine._worker.core.runner.num_blocks * engine.config.block_size
         return LLMMetadata(
-            context_window=min(engine.max_model_len, pool),
+            context_window=engine.context_window,
             num_output=-1 if self.max_tokens is None else self.max_tokens,
             is_chat_model=bool(template),
             is_function_calling_model="tools" in str(template),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Generator
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import ChatResponse, ToolCallBlock
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from pagedllm_core.chat.fields import AdapterFields
+from pagedllm_core.chat.schemas import class_schema
 from pagedllm_core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -32,38 +33,6 @@ _DECIDED = ("tool_required", "tool_choice", "allow_parallel_tool_calls")
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 
 
-def response_schema(response_format: Any) -> Mapping[str, Any] | None:
-    """The JSON schema that a `response_format` asks for; None where it asks for text.
-
-    Raises:
-        InvalidRequestError: It is in no form that is known.
-    """
-    if response_format is None:
-        return None
-    if isinstance(response_format, type) and issubclass(response_format, BaseModel):
-        return class_schema(response_format)
-    if isinstance(response_format, Mapping):
-        kind = response_format.get("type")
-        if kind == "text":
-            return None
-        if kind == "json_object":
-            schema = response_format.get("schema")
-            return schema if isinstance(schema, Mapping) else {"type": "object"}
-        inner = response_format.get("json_schema", response_format)
-        if kind == "json_schema" and isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):
-            return dict(inner["schema"])
-    raise InvalidRequestError(
-        f"response_format={str(response_format)!r:.80}: use "
-        '{"type": "json_schema", "json_schema": {"schema": ...}}, {"type": "json_object"} or a pydantic class'
-    )
-
-
-def class_schema(output_cls: type[BaseModel]) -> dict[str, Any]:
-    """The whole JSON schema of a class, what stands beside its properties included."""
-    schema: dict[str, Any] = _without_sets(output_cls.model_json_schema())
-    return schema
-
-
 def as_tool(tool: BaseTool) -> dict[str, Any]:
     """A tool in OpenAI's form, with the whole schema of its arguments: llama-index-core's loses a class's `$ref`."""
     converted: dict[str, Any] = tool.metadata.to_openai_tool(skip_length_check=True)
@@ -76,15 +45,6 @@ def as_tool(tool: BaseTool) -> dict[str, Any]:
         parameters = {key: value for key, value in schema.items() if key not in ("title", "description")}
         converted["function"]["parameters"] = parameters
     return converted
-
-
-def _without_sets(schema: Any) -> Any:
-    """The schema of a class without `uniqueItems`: the class itself makes a set of what it reads."""
-    if isinstance(schema, list):
-        return [_without_sets(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {key: _without_sets(value) for key, value in schema.items() if key != "uniqueItems" or value is not True}
 
 
 class StructuredPrediction(AdapterFields, FunctionCallingLLM):

@@ -1,0 +1,63 @@
+"""The JSON schema of an answer, from what the frameworks' users give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.v1 import BaseModel as BaseModelV1
+
+from pagedllm_core.errors import InvalidRequestError
+
+
+def response_schema(response_format: Any) -> Mapping[str, Any] | None:
+    """The JSON schema that a `response_format` asks for; None where it asks for text.
+
+    Raises:
+        InvalidRequestError: It is in no form that is known.
+    """
+    if response_format is None:
+        return None
+    if is_class(response_format):
+        return class_schema(response_format)
+    if isinstance(response_format, Mapping):
+        kind = response_format.get("type")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            schema = response_format.get("schema")
+            return schema if isinstance(schema, Mapping) else {"type": "object"}
+        inner = response_format.get("json_schema", response_format)
+        if kind == "json_schema" and isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):
+            return dict(inner["schema"])
+    raise InvalidRequestError(
+        f"response_format={str(response_format)!r:.80}: use "
+        '{"type": "json_schema", "json_schema": {"schema": ...}}, {"type": "json_object"} or a pydantic class'
+    )
+
+
+def is_class(schema: Any) -> bool:
+    """True for a pydantic class, of version 2 or 1."""
+    return isinstance(schema, type) and issubclass(schema, BaseModel | BaseModelV1)
+
+
+def class_schema(output_class: type) -> dict[str, Any]:
+    """The whole JSON schema of a pydantic class, what stands beside its properties included.
+
+    Without `uniqueItems`: the class itself makes a set of what it reads.
+    """
+    whole = output_class.model_json_schema() if issubclass(output_class, BaseModel) else _old_schema(output_class)
+    return dict(_without_sets(whole))
+
+
+def _old_schema(output_class: Any) -> Any:
+    return output_class.schema()
+
+
+def _without_sets(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_without_sets(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _without_sets(value) for key, value in schema.items() if key != "uniqueItems" or value is not True}
