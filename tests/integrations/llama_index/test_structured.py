@@ -22,10 +22,10 @@ from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.pagedllm import PagedLLM
-from llama_index.llms.pagedllm.structured import response_schema
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pagedllm_core import GuidedParams, get_engine
+from pagedllm_core.chat.schemas import response_schema
 from pagedllm_core.errors import InvalidRequestError
 
 PROMPT = PromptTemplate("{who} is 7 years old. Who is it?")
