@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import threading
 import weakref
@@ -275,6 +276,7 @@ class Call:
             names=[tool_name(tool) for tool in self.tools],
             reasoning=reasoning,
             reasoning_open=opened,
+            json=self.schema is not None,
         )
         params = self.params
         added = engine.tokenizer.get_added_vocab()
@@ -284,6 +286,8 @@ class Call:
         if params.guided is not None:
             if self.choice.mode == "required" or self.schema is not None:
                 raise InvalidRequestError("guided: contradicts a demanded call and response_format; give one of them")
+            if reasoning is not None and reasoning.end not in str(params.guided):
+                style = dataclasses.replace(style, reasoning=None, reasoning_open=False)  # it leaves no room for any
             return params, style
         rules = ReplyRules(self.tools, self.choice, self.parallel, self.strict, self.schema, written, reasoning, opened)
         guided = rules.guided(added)

@@ -71,16 +71,27 @@ class ReplyRules:
         answers = self._answers()
         if answers is None:
             return None
-        lines = [f"start: {self._reasoning(added_tokens)}answer", f"answer: {answers}"]
-        if "calls" in answers:
+        lines = [f"start: {self._reasoning(added_tokens)}answer"]
+        before = ""
+        if self.reasoning is not None:
+            lines += _up_to("thought", self.reasoning.end, added_tokens)
+        if "TEXT" in answers and "calls" in answers and self.format is not None and self._tag:
+            lines += _up_to("before", self._tag, added_tokens, self._no_reasoning())
+            before = " | before rest"
             lines += self._calls(added_tokens)
+        elif "calls" in answers:
+            lines += self._calls(added_tokens)
+        lines.append(f"answer: {answers}{before}")
         if "final" in answers:
             lines.append(f"final: %json {_schema(self.schema or {}, strict=True)}")
         if "TEXT" in answers:
             lines.append(f"TEXT: {self._text()}")
-        if self.reasoning is not None:
-            lines.append(f"THOUGHT: {_without(self.reasoning.end)}")
         return "\n".join(lines)
+
+    @property
+    def _tag(self) -> str:
+        """What announces calls; empty where a brace at the beginning does."""
+        return self.format.begin.strip() if self.format else ""
 
     def _answers(self) -> str | None:
         if self.schema is not None:
@@ -90,22 +101,27 @@ class ReplyRules:
             return None
         if self.choice.mode == "none":
             return "TEXT?"
-        if self.choice.mode == "required":
-            return "calls"
-        # Where nothing announces calls, a brace at the beginning does.
-        return "TEXT? calls?" if self.format.begin else "(TEXT | calls)?"
+        return "calls" if self.choice.mode == "required" else "(TEXT | calls)?"
 
     def _reasoning(self, added_tokens: Mapping[str, int]) -> str:
         if self.reasoning is None:
             return ""
-        end = f"{write_text(self.reasoning.end, added_tokens)} /\\n*/ "
         if self.reasoning_open:
-            return f"THOUGHT? {end}"
-        return f"({write_text(self.reasoning.begin, added_tokens)} THOUGHT? {end})? "
+            return "thought /\\n*/ "
+        return f"({write_text(self.reasoning.begin, added_tokens)} thought /\\n*/)? "
 
     def _text(self) -> str:
-        tag = self.format.begin.strip() if self.format else ""
-        return _without(tag) if tag else r"/[^{](.|\n)*/"
+        if self._tag:
+            text = _without(self._tag)
+        else:  # a brace at the beginning would be read as a call
+            text = r"/(.|\n)+/" if self.choice.mode == "none" else r"/\s*[^{\s](.|\n)*/"
+        return text + self._no_reasoning()
+
+    def _no_reasoning(self) -> str:
+        """What begins as reasoning does is no text."""
+        if self.reasoning is None or self.reasoning_open:
+            return ""
+        return rf" & ~/\s*{_literal(self.reasoning.begin)}(.|\n)*/"
 
     def _calls(self, added_tokens: Mapping[str, int]) -> list[str]:
         tools = [tool for tool in self.tools if self.choice.name in (None, tool_name(tool))]
@@ -113,9 +129,14 @@ class ReplyRules:
         if style is None:
             return []
         begin, end = write_text(style.begin, added_tokens), write_text(style.end, added_tokens)
-        call = f"{begin} call {end}" if style.each else "call"
-        several = f"{call} ({json.dumps(style.separator)} {call})*" if self.parallel else call
-        lines = [f"calls: {several}" if style.each else f"calls: {begin} {several} {end}"]
+        after = write_text(style.begin.removeprefix(self._tag), added_tokens)  # what follows the tag
+        separator = json.dumps(style.separator)
+        if style.each:
+            more = f" ({separator} {begin} call {end})*" if self.parallel else ""
+            body = f"call {end}{more}"
+        else:
+            body = f"call ({separator} call)* {end}" if self.parallel else f"call {end}"
+        lines = [f"calls: {begin} {body}", f"rest: {after} {body}"] if self._tag else [f"calls: {body}"]
         lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
         for number, tool in enumerate(tools):
             head = f'{{"name": {json.dumps(tool_name(tool), ensure_ascii=False)}, "{style.arguments}": '
@@ -125,6 +146,14 @@ class ReplyRules:
         return lines
 
 
+def _up_to(name: str, tag: str, added_tokens: Mapping[str, int], but: str = "") -> list[str]:
+    """A rule for any text and the tag that ends it: llguidance stops at a suffix, and at a single token by itself."""
+    if tag in added_tokens:
+        return [f"{name}: {name.upper()}? <[{added_tokens[tag]}]>", f"{name.upper()}: {_without(tag)}{but}"]
+    terminal = f"{name.upper()}: /(.|\\n)*/{but}"
+    return [f"{name}[suffix={json.dumps(tag, ensure_ascii=False)}]: {name.upper()}", terminal]
+
+
 def _schema(schema: Mapping[str, Any], strict: bool) -> str:
     closed = prepare_schema(dict(schema), strict)
     return json.dumps({**closed, "x-guidance": {**_JSON, "lenient": not strict}}, ensure_ascii=False)
@@ -132,5 +161,9 @@ def _schema(schema: Mapping[str, Any], strict: bool) -> str:
 
 def _without(tag: str) -> str:
     """All texts, of one character at least, that do not hold the tag."""
-    literal = re.escape(tag).replace("/", "\\/")
-    return rf"/(.|\n)+/ & ~/(.|\n)*{literal}(.|\n)*/"
+    return rf"/(.|\n)+/ & ~/(.|\n)*{_literal(tag)}(.|\n)*/"
+
+
+def _literal(text: str) -> str:
+    """A text in a regular expression."""
+    return re.escape(text).replace("/", "\\/")

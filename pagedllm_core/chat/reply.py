@@ -28,12 +28,14 @@ class ReplyStyle:
         names: The tools' names.
         reasoning: The format of reasoning; None where the model does none.
         reasoning_open: True where the prompt has opened the reasoning already.
+        json: True where the answer, if it is no call, is JSON, which may hold whatever looks like one.
     """
 
     tools: ToolFormat | None = None
     names: Collection[str] = ()
     reasoning: ReasoningFormat | None = None
     reasoning_open: bool = False
+    json: bool = False
 
 
 @dataclass
@@ -70,6 +72,7 @@ class ReplyReader:
     _held: str = ""
     _mode: str = "start"
     _leading: bool = False  # white space that comes now is no part of the text
+    _plain: bool = False  # the answer is JSON: nothing in it is a tag
     _calls: int = 0
     _current: ToolCall | None = None
     _place: int = 0  # how much of the held call was passed on, within its arguments
@@ -123,11 +126,16 @@ class ReplyReader:
                 return False
             if self._held.lstrip().startswith("{"):
                 return self._go("call", self._leading)
+        elif tools is not None and self.style.json:
+            tag, rest = tools.begin.strip(), self._held.lstrip()
+            if tag.startswith(rest[: len(tag)]) and len(rest) < len(tag) and not last:
+                return False
+            self._plain = not rest.startswith(tag)
         return self._go("text", self._leading)
 
     def _read_text(self, last: bool) -> bool:
         tools = self.style.tools
-        tag = tools.begin.strip() if tools else ""
+        tag = tools.begin.strip() if tools and not self._plain else ""
         place = self._held.find(tag) if tag else -1
         if place < 0:
             self._pass_rest("text", tag, last)
@@ -152,7 +160,7 @@ class ReplyReader:
             text = text.lstrip()
         calls = self.style.tools is not None and bool(self.style.tools.begin)
         kept = text.rstrip()
-        if ending == "open" and (kind == "reasoning" or calls):
+        if ending == "open" and (kind == "reasoning" or calls or self._calls):
             self._held = text[len(kept) :] + self._held
             text = kept
         elif ending == "cut" or kind == "reasoning" or self._calls:
@@ -175,6 +183,7 @@ class ReplyReader:
         except ValueError as error:
             if last:
                 self._fail(self._held, f"not valid JSON: {error}")
+                self._held = ""
             return False
         return self._whole(body, value, end)
 
@@ -244,7 +253,6 @@ class ReplyReader:
     def _fail(self, text: str, error: str) -> None:
         begin = self.style.tools.begin.strip() if self.style.tools else ""
         self._pieces.append(Piece("invalid", begin + text.rstrip(), error=error))
-        self._held = "" if self._held == text else self._held
 
     def _after(self) -> bool:
         return self._go("between")

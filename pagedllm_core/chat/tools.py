@@ -141,4 +141,6 @@ def tool_name(tool: Mapping[str, Any]) -> str:
 def tool_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON schema of a tool's arguments."""
     parameters = tool.get("function", tool).get("parameters")
-    return {"type": "object", "properties": {}, **(parameters or {})}
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise InvalidRequestError(f"tools: the parameters of {tool_name(tool)!r} must be a JSON schema, a dictionary")
+    return {"type": "object", **parameters} if parameters else {"type": "object", "properties": {}}

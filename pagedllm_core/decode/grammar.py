@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import threading
@@ -24,8 +25,16 @@ if TYPE_CHECKING:
 
 CACHED_GRAMMARS = 256
 MAX_GRAMMAR_CHARACTERS = 1_000_000
+MAX_GBNF_CHARACTERS = 20_000  # its conversion takes time with the square of its length
+MAX_LITERALS = 64
 # As `json.dumps` writes; white space that is left to a model may go on for ever.
-_SEPARATORS: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SEPARATORS: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+    "coerce_one_of": False,
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,17 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: It cannot be compiled, has no output, or the tokenizer or llguidance is missing.
         """
+        try:
+            return self._compiled(guided)
+        except InvalidRequestError:
+            raise
+        except (Exception, RecursionError) as error:  # whatever odd input does to the libraries below
+            name = next(name for name in ("json", "regex", "grammar", "choice") if getattr(guided, name) is not None)
+            raise InvalidRequestError(
+                f"guided.{name}: cannot be read: {type(error).__name__}: {str(error)!r:.300}; simplify it"
+            ) from error
+
+    def _compiled(self, guided: GuidedParams) -> Grammar:
         key = guided.model_dump_json(exclude_none=True)
         with self._lock:
             found = self._grammars.get(key)
@@ -117,17 +137,20 @@ def _compile(guided: GuidedParams, vocabulary: Vocabulary, added_tokens: Mapping
     from llguidance import LLMatcher
 
     field_name, source = _source(guided, added_tokens)
-    if guided.grammar is not None:
-        vocabulary = dataclasses.replace(vocabulary, literals=tuple(_literals(source, vocabulary)))
+    found = _literals(source, vocabulary) if guided.grammar is not None else _runs(guided, vocabulary)
+    vocabulary = dataclasses.replace(vocabulary, literals=tuple(itertools.islice(found, MAX_LITERALS)))
     matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0)
     if matcher.is_error():
         lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip()]
         reason = lines[0] if len(lines) < 2 else f"{lines[0]} {lines[-1]}"
         raise InvalidRequestError(f"guided.{field_name}: cannot be compiled: {reason:.400}")
     closing = vocabulary.closing(matcher)
+    if matcher.is_error():
+        raise InvalidRequestError(f"guided.{field_name}: is too large: {matcher.get_error().strip()[:300]}")
     if closing is None:
         raise InvalidRequestError(
-            f"guided.{field_name}: no output of at most {MAX_CLOSING} tokens was found that satisfies it; simplify it"
+            f"guided.{field_name}: an output that satisfies it (of at most {MAX_CLOSING} tokens) could not be found; "
+            "simplify it"
         )
     return Grammar(matcher, tuple(closing), vocabulary)
 
@@ -144,11 +167,14 @@ def _source(guided: GuidedParams, added_tokens: Mapping[str, int]) -> tuple[str,
         return "regex", LLMatcher.grammar_from_regex(guided.regex)
     if guided.choice is not None:
         _check_size("choice", "".join(guided.choice))
-        options = " | ".join(write_text(option, added_tokens) or '""' for option in guided.choice)
-        return "choice", LLMatcher.grammar_from_lark(f"start: {options}")
+        return "choice", LLMatcher.grammar_from_lark(_choice(guided.choice, added_tokens))
     text = guided.grammar or ""
     _check_size("grammar", text)
     if "::=" in text:
+        if len(text) > MAX_GBNF_CHARACTERS:
+            raise InvalidRequestError(
+                f"guided.grammar: has {len(text)} characters, more than {MAX_GBNF_CHARACTERS} in GBNF; use Lark"
+            )
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
         text = gbnf_to_lark(text)
@@ -161,8 +187,37 @@ def _literals(source: str, vocabulary: Vocabulary) -> Iterator[list[int]]:
     yield from ([int(token)] for token in re.findall(r"<\[(\d+)\]>", rules))
     for text in re.findall(r'"(?:[^"\\\n]|\\.)*"', rules):
         with contextlib.suppress(ValueError):
-            if ids := vocabulary.tokenizer.tokenize_str(json.loads(text)):
+            if ids := vocabulary.ids_of(json.loads(text)):
                 yield ids
+
+
+def _runs(guided: GuidedParams, vocabulary: Vocabulary) -> Iterator[list[int]]:
+    """The runs of plain characters in a regular expression, or in the patterns of a schema, each as ids."""
+    patterns = [guided.regex] if guided.regex else _patterns(_read_schema(guided.json)) if guided.json else []
+    for pattern in patterns:
+        for run in re.findall(r"[A-Za-z0-9 _:,@-]+", pattern):
+            yield vocabulary.ids_of(run)
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        if isinstance(schema.get("pattern"), str):
+            yield schema["pattern"]
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for item in schema:
+            yield from _patterns(item)
+
+
+def _choice(options: list[str], added_tokens: Mapping[str, int]) -> str:
+    """One of some texts. As one terminal there may be thousands; added tokens cannot stand in one."""
+    texts = [option for option in options if option]
+    if any(token in text for text in texts for token in added_tokens):
+        return "start: " + " | ".join(write_text(text, added_tokens) or '""' for text in options)
+    alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+    if not texts:
+        return 'start: ""'
+    return f"start: CHOICE{'?' if len(texts) < len(options) else ''}\nCHOICE: {alternatives}"
 
 
 def _read_schema(given: str | dict[str, Any]) -> dict[str, Any]:

@@ -26,8 +26,10 @@ import torch
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_CLOSING = 4096  # tokens; at submission a search for a closing gives up beyond
-MAX_DETOUR = 256  # the same for a search in the middle of an output, which all requests of a step wait for
+MAX_CLOSING = 4096  # tokens; a search for a closing gives up beyond
+MAX_CHOICES = 1024  # places where a search at submission has to choose; forced stretches are none
+MAX_DETOUR = 64  # the same in the middle of an output, where all requests of a step wait for it
+MAX_FAILURES = 2  # searches without a result, after which a sequence's other candidates are not searched in a step
 # What a closing tries first where several things may come: the ends of what is open, then the shortest values.
 _ENDS = """}]"01ntf[{ ,:@.aA-/TZ+"""
 _CHARACTERS = _ENDS + "".join(chr(code) for code in range(32, 127) if chr(code) not in _ENDS)
@@ -58,19 +60,26 @@ class Vocabulary:
         characters = tuple(map(tokenizer.tokenize_str, _CHARACTERS))
         return cls(tokenizer, end_tokens, characters, np.array([ids[0] for ids in characters]))
 
+    def ids_of(self, text: str) -> list[int]:
+        """A text's tokens, none of them a special one, even where it looks like one."""
+        ids = self.tokenizer.tokenize_str(text)
+        if any(map(self.tokenizer.is_special_token, ids)):
+            ids = [one for character in text for one in self.tokenizer.tokenize_str(character)]
+        return ids
+
     def completes(self, matcher: LLMatcher, tokens: list[int]) -> bool:
         """Whether `tokens` lead from the matcher's state to a complete output."""
         if not tokens:
             return bool(matcher.is_accepting())
         return bool(matcher.validate_tokens([*tokens, self.end_tokens[0]]) == len(tokens) + 1)
 
-    def closing(self, matcher: LLMatcher, hint: Sequence[int] = (), limit: int = MAX_CLOSING) -> list[int] | None:
+    def closing(self, matcher: LLMatcher, hint: Sequence[int] = (), limit: int = MAX_CHOICES) -> list[int] | None:
         """Tokens that complete the output, or None where none were found.
 
         Args:
             matcher: Where the output is; left as it is.
             hint: Tokens that completed it before; the search ends as soon as these do again.
-            limit: Tokens to look for beyond the hint.
+            limit: Most places where the search has to choose.
         """
         found = self._close(matcher.deep_copy(), list(hint), limit)
         if found is None:
@@ -90,43 +99,49 @@ class Vocabulary:
         """Drive a matcher to a complete output: what is forced, else the best end that may come."""
         path: list[int] = []
         visits: Counter[tuple[int, ...]] = Counter()
-        while len(path) < limit and not matcher.is_error():
+        while len(path) < MAX_CLOSING and visits.total() < limit and not matcher.is_error():
             if matcher.is_accepting():
                 return path
-            if known and self.completes(matcher, known):
-                return path + known
+            for begin in range(min(len(known), 3)):
+                if self.completes(matcher, known[begin:]):
+                    return path + known[begin:]
             tokens = matcher.compute_ff_tokens()
             # What the tokenizer makes a special token of, in a text that is meant as such, is written by characters.
             if not tokens or matcher.validate_tokens(tokens) < len(tokens):
-                tokens = self._end(matcher, visits)
+                tokens = self._end(matcher, visits, asking=bool(tokens))
             if not tokens or not matcher.consume_tokens(tokens):
                 return None
             path += tokens
         return None
 
-    def _end(self, matcher: LLMatcher, visits: Counter[tuple[int, ...]]) -> list[int]:
+    def _end(self, matcher: LLMatcher, visits: Counter[tuple[int, ...]], asking: bool) -> list[int]:
         """The character to try next: the best end that may come, and another each time the same ones may come again."""
-        may_come = self._may_come(matcher)
+        may_come = self._may_come(matcher, asking)
+        visits[may_come] += 1
         if not may_come:
             allowed = np.flatnonzero(_bits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)))
             return [int(allowed[-1])] if len(allowed) else []
         if self._is_text(may_come):
             for ids in (self.characters[_QUOTE], *self.literals):
+                if matcher.validate_tokens(ids) < len(ids):
+                    continue
                 after = matcher.deep_copy()
-                taken = matcher.validate_tokens(ids) == len(ids) and after.consume_tokens(ids)
-                if taken and (after.is_accepting() or not self._is_text(self._may_come(after))):
+                if after.consume_tokens(ids) and (after.is_accepting() or not self._is_text(self._may_come(after))):
                     return ids
-        visits[may_come] += 1
         return self.characters[may_come[(visits[may_come] - 1) % len(may_come)]]
 
-    def _may_come(self, matcher: LLMatcher) -> tuple[int, ...]:
-        """The numbers of the characters that may come next; one mask tells of all that are single tokens."""
+    def _may_come(self, matcher: LLMatcher, asking: bool = False) -> tuple[int, ...]:
+        """The numbers of the characters that may come next; one mask tells of all that are single tokens.
+
+        Where a text is forced the mask holds the tokens that the tokenizer would write it with and no others, so that
+        llguidance is to be asked for each (`asking`).
+        """
         mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         bits = mask[self.single // 8] >> (self.single % 8) & 1
         return tuple(
             number
             for number, (bit, ids) in enumerate(zip(bits.tolist(), self.characters, strict=True))
-            if (bit if len(ids) == 1 else matcher.validate_tokens(ids) == len(ids))
+            if (bit if len(ids) == 1 and not asking else matcher.validate_tokens(ids) == len(ids))
         )
 
     def _is_text(self, may_come: tuple[int, ...]) -> bool:
@@ -155,7 +170,8 @@ class Guide:
     closing: list[int]
     may_end: bool = True
     forced: list[int] = field(default_factory=list)
-    _known: dict[int, list[int]] = field(default_factory=dict)  # closings after tokens that were looked at already
+    _known: dict[int, list[int] | None] = field(default_factory=dict)  # closings after tokens that were looked at
+    _failures: int = 0
 
     def copy(self) -> Guide:
         """The same state for a fork."""
@@ -211,9 +227,7 @@ class Guide:
     def _after(self, token: int) -> list[int] | None:
         if token in self._known:
             return self._known[token]
-        found = self._closing_after(token)
-        if found is not None:
-            self._known[token] = found
+        found = self._known[token] = self._closing_after(token)
         return found
 
     def _closing_after(self, token: int) -> list[int] | None:
@@ -229,12 +243,16 @@ class Guide:
             if self.vocabulary.completes(self.matcher, [token, *rest]):
                 return rest
         after = self.matcher.deep_copy()
-        return self.vocabulary.closing(after, self.closing, MAX_DETOUR) if after.consume_token(token) else None
+        if self._failures >= MAX_FAILURES or not after.consume_token(token):
+            return None
+        found = self.vocabulary.closing(after, self.closing, MAX_DETOUR)
+        self._failures += found is None
+        return found
 
     def advance(self, token: int) -> None:
         """Take a token that `fits` or that is `way_on`."""
         closing = self._after(token)
-        self._known = {}
+        self._known, self._failures = {}, 0
         self.forced = self.forced[1:] if self.forced and self.forced[0] == token else []
         self.closing = closing or []
         if self.matcher is None or token in self.vocabulary.end_tokens:

@@ -51,7 +51,7 @@ def _prepared(schema: Any, closing: bool, strict: bool) -> Any:
     for name in _SINGLE:
         if isinstance(done.get(name), dict):
             done[name] = _prepared(done[name], closing, strict)
-    for name in _LISTS:
+    for name in (*_LISTS, "items"):
         if isinstance(done.get(name), list):
             done[name] = [_prepared(item, closing, strict) for item in done[name]]
     for name in _MAPS:

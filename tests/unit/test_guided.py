@@ -169,6 +169,65 @@ def test_refusals_name_the_field(llm: LLM, fields: dict[str, Any], message: str)
     assert llm.stats().kv_blocks_used == used
 
 
+def test_texts_that_look_like_added_tokens(llm: LLM) -> None:
+    for schema in ({"const": "<think>"}, {"enum": ["<tool_call>", "</tool_call>"]}):
+        assert json.loads(run(llm, guided(json=schema)).outputs[0].text).startswith("<")
+    assert run(llm, guided(regex="a<think>b")).outputs[0].text == "a<think>b"
+    assert run(llm, guided(choice=["x <tool_call> y"])).outputs[0].text == "x <tool_call> y"
+
+
+def test_thousands_of_choices(llm: LLM) -> None:
+    options = [f"option number {number}" for number in range(5000)] + [""]
+    assert run(llm, guided(choice=options)).outputs[0].text in options
+
+
+@pytest.mark.parametrize("pattern", [r".*END", r"[^\n]*(yes|no)", r"\w+ foo \w+", r"x{3,}y"])
+def test_regexes_whose_end_has_to_be_found(llm: LLM, pattern: str) -> None:
+    assert re.fullmatch(pattern, run(llm, guided(60, regex=pattern)).outputs[0].text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"choice": ["\ud800"]},
+        {"regex": "\ud800"},
+        {"grammar": "root ::= ("},
+        {"grammar": "root ::= " + "(" * 9000},
+        {"grammar": 'root ::= "' + "a" * 30_000 + '"'},
+        {"json": {"type": "integer", "maximum": 10**20}},
+        {"json": {"const": object()}},
+        {"json": "[" * 5000},
+        {"json": '{"const": "\\ud800"}'},
+    ],
+)
+def test_odd_input_is_refused_by_name(llm: LLM, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=r"guided\."):
+        run(llm, guided(**fields))
+
+
+def test_a_schema_cannot_switch_off_what_it_asks_for(llm: LLM) -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True, "x-guidance": {"lenient": True}}
+    with pytest.raises(InvalidRequestError, match="uniqueItems"):
+        run(llm, guided(json=schema))
+    with pytest.raises(InvalidRequestError, match="minProperties=3"):
+        run(llm, guided(json={"type": "array", "items": [{"type": "object", "minProperties": 3}]}))
+
+
+def test_a_search_without_a_result_is_not_repeated(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = llm.engine._worker.core.intake.grammars.compile(GuidedParams(json=PERSON))
+    guide = compiled.start()
+    searches = []
+
+    def search(matcher: Any, hint: Any = (), limit: int = 0) -> None:
+        searches.append(limit)
+
+    monkeypatch.setattr(type(guide.vocabulary), "closing", lambda self, *arguments: search(*arguments))
+    for _ in range(3):
+        for character in guide.vocabulary.characters:
+            guide.fits(character[0], 1000)
+    assert len(searches) <= 2
+
+
 def test_too_small_a_budget_is_refused(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match=r"guided: the smallest output .* leave 5; raise max_tokens"):
         run(llm, guided(5, json=PERSON))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+import pagedllm_core
 from pagedllm_core.chat.formats import GENERIC, HERMES, LLAMA, MAGISTRAL, MISTRAL, THINK, reasoning_format, tool_format
+from pagedllm_core.chat.grammar import ReplyRules
 from pagedllm_core.chat.reply import Piece, ReplyReader, ReplyStyle, collect, read_reply
 from pagedllm_core.chat.tools import AUTO, Reply, ToolChoice, tool_choice
+from pagedllm_core.decode.grammar import GrammarCompiler
 from pagedllm_core.errors import InvalidRequestError
+from pagedllm_core.params import GuidedParams
 
 CALLS = [("add", {"a": 1, "b": -2}), ("say", {"text": 'a "quoted" \\ {brace} ü </tool_call>'}), ("now", {})]
 
@@ -131,6 +137,58 @@ def test_other_forms_of_a_call_are_read():
     style = ReplyStyle(tools=HERMES)
     for body in ('{"name": "a", "arguments": "{\\"x\\": 1}"}', '{"arguments": {"x": 1}, "name": "a"}'):
         assert names_and_arguments(read_reply(f"<tool_call>{body}</tool_call>", style)) == [("a", {"x": 1})]
+
+
+def test_what_follows_calls_streams_as_it_is():
+    style = ReplyStyle(tools=LLAMA, names=["get"])
+    text = '{"name": "get", "parameters": {}}hello\n{"a": 1}'
+    for cuts in ([], [38, 39], list(range(1, len(text)))):
+        assert collect(streamed(text, style, cuts)).content == 'hello\n{"a": 1}'
+    wrong = read_reply('<tool_call>\n{"a": 1}{"a": 1}', ReplyStyle(tools=HERMES))
+    assert (len(wrong.invalid), wrong.content) == (1, '{"a": 1}')
+
+
+def test_an_answer_in_json_may_hold_tags():
+    style = ReplyStyle(tools=HERMES, json=True)
+    text = '{"a": "<tool_call>"}'
+    for cuts in ([], list(range(1, len(text)))):
+        assert collect(streamed(text, style, cuts)) == Reply(text)
+    assert names_and_arguments(read_reply(written(style, CALLS[:2]), style)) == CALLS[:2]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    tokenizer = AutoTokenizer.from_pretrained(Path(pagedllm_core.__file__).parent / "bundled" / "tiny")
+    return GrammarCompiler(tokenizer, 2048, (2041, 2039))
+
+
+@pytest.mark.parametrize("tools", FORMATS, ids=lambda one: one.name)
+@pytest.mark.parametrize("reasoning", [None, THINK, MAGISTRAL], ids=["plain", "think", "magistral"])
+def test_grammars_where_tags_are_plain_text(compiler, tools, reasoning):
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    offered = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
+
+    def accepts(choice: ToolChoice, text: str) -> bool:
+        rules = ReplyRules(offered, choice, True, False, None, tools, reasoning, False)
+        compiled = compiler.compile(GuidedParams(grammar=rules.grammar({})))
+        ids = [one for character in text for one in compiled.vocabulary.tokenizer.tokenize_str(character)]
+        return compiled.vocabulary.completes(compiled.matcher, ids)
+
+    thought = f"{reasoning.begin}hm, yes{reasoning.end}\n\n" if reasoning else ""
+    style = ReplyStyle(tools=tools)
+    call, wrong = written(style, [("add", {"a": 1})]), written(style, [("add", {"a": "1"})])
+    for before in {"", thought}:
+        assert accepts(AUTO, f"{before}Hi there")
+        assert accepts(AUTO, before + call)
+        assert accepts(AUTO, before + written(style, [("add", {"a": 1}), ("add", {"a": 2})]))
+        assert not accepts(AUTO, before + wrong)
+        assert not accepts(AUTO, f"{before} {wrong}" if not tools.begin else before + "Sure. " + wrong)
+        assert accepts(ToolChoice("required"), before + call)
+        assert not accepts(ToolChoice("required"), f"{before}Hi there")
+        assert accepts(ToolChoice("none"), f"{before}Hi there")
+        if tools.begin:
+            assert accepts(AUTO, f"{before}Sure.\n{call}")
+            assert not accepts(ToolChoice("none"), f"{before}Sure.\n{call}")
 
 
 def test_formats_are_found_in_templates():
