@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from pagedllm_core.config import EngineConfig
@@ -101,13 +102,17 @@ class AsyncEngine:
         """When its last request ended (`time.monotonic`), or None while any is unfinished."""
         return self._worker.last_used if self._worker.idle else None
 
-    def touch(self, keep_alive: float | None = None) -> bool:
-        """Keep the engine for a request that is about to come; False where it has just left for idleness.
+    def touch(self) -> bool:
+        """Note that a request is about to come; False where the engine has just left for idleness."""
+        return self._worker.touch()
 
-        Args:
-            keep_alive: Seconds that it stays loaded without work from now on; None leaves that as it is.
-        """
-        return self._worker.touch(keep_alive)
+    def stay(self, keep_alive: float | None) -> None:
+        """Let the engine go after this many seconds without work; None: never by itself."""
+        self._worker.stay(keep_alive)
+
+    def held(self) -> AbstractContextManager[None]:
+        """A context within which the engine does not leave for idleness."""
+        return self._worker.held()
 
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> RequestHandle:
         """Validate, tokenize (on this thread) and queue one request, from any thread.

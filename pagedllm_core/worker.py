@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -38,6 +39,7 @@ class EngineWorker:
         self._pid = os.getpid()
         self._stopping = self._left = False
         self.keep_alive: float | None = None  # seconds that it stays without work; None: for ever
+        self._holds = 0  # callers who are about to submit something
         self.last_used = time.monotonic()
         self._idle_lock = threading.Lock()  # between whoever is about to use the engine and its leaving for idleness
         self._thread = threading.Thread(target=self._run, name="pagedllm-engine", daemon=True)
@@ -53,20 +55,29 @@ class EngineWorker:
         """True where no request is unfinished."""
         return not self._mailboxes
 
-    def touch(self, keep_alive: float | None = None) -> bool:
-        """Keep the engine for a moment, as a request is about to come; False where it has just left.
-
-        Args:
-            keep_alive: Seconds that it stays without work from now on; None leaves that as it is.
-        """
+    def touch(self) -> bool:
+        """Note that somebody is about to use the engine; False where it has just left."""
         with self._idle_lock:
-            if self._left:
-                return False
             self.last_used = time.monotonic()
-            if keep_alive is not None and keep_alive != self.keep_alive:
-                self.keep_alive = keep_alive
-                self._inbox.put(lambda: None)  # it may be waiting without a limit
-            return True
+            return not self._left
+
+    def stay(self, keep_alive: float | None) -> None:
+        """Seconds that the engine stays without work from now on; None: for ever."""
+        if keep_alive != self.keep_alive:
+            self.keep_alive = keep_alive
+            self._inbox.put(lambda: None)  # it may be waiting without a limit
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it the engine does not leave, however long a prompt takes to be prepared."""
+        with self._idle_lock:
+            self._holds += 1
+        try:
+            yield
+        finally:
+            with self._idle_lock:
+                self._holds -= 1
+                self.last_used = time.monotonic()
 
     def submit(self, request: Request) -> Mailbox:
         """Hand a prepared request to the thread.
@@ -162,7 +173,8 @@ class EngineWorker:
     def _leave_if_idle(self) -> None:
         with self._idle_lock:
             waited = time.monotonic() - self.last_used
-            if self.keep_alive is not None and waited >= self.keep_alive and self.idle and self._inbox.empty():
+            unused = self.idle and not self._holds and self._inbox.empty()
+            if self.keep_alive is not None and waited >= self.keep_alive and unused:
                 self._left = self._stopping = True
 
     def _patience(self) -> float | None:

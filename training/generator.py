@@ -23,15 +23,15 @@ EARLY = {
     "repeat": 0.16,
 }
 LATE = {
-    "context": 0.25,
+    "context": 0.22,
     "leaflets": 0.05,
     "lookup": 0.03,
     "recite": 0.03,
-    "tools": 0.18,
-    "json": 0.28,
+    "tools": 0.26,
+    "json": 0.26,
     "memory": 0.08,
     "talk": 0.03,
-    "repeat": 0.07,
+    "repeat": 0.04,
 }
 
 

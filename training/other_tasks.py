@@ -73,6 +73,12 @@ def _parameters() -> list[tuple[str, str, Any, list[str]]]:
 PARAMETERS = _parameters()
 
 
+def gloss(rng: Rng) -> str:
+    """What stands behind a name to explain it, and is no part of it."""
+    words = f"{v.adjective(rng).capitalize()} {v.noun(rng).capitalize()}"
+    return rng.choice([f" ({words})", f" ({words}) - a {v.adjective(rng)} {v.noun(rng)}", f" (in English: {words})"])
+
+
 class ToolMaker:
     """Makes random tools, requests for them and results; subclasses may change the words."""
 
@@ -133,7 +139,8 @@ class ToolMaker:
             rng.choice(ways if groups.count(group) == 1 else ["with {key} {}", "and {key} {}"]).format(
                 arguments[key], key=key
             )
-            for group, (key, _, _, ways) in zip(groups, tool["params"], strict=True)
+            + (gloss(rng) if kind == "string" and rng.random() < 0.15 else "")
+            for group, (key, kind, _, ways) in zip(groups, tool["params"], strict=True)
         ]
         rng.shuffle(parts)
         start = rng.choice(

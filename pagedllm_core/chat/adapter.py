@@ -72,7 +72,10 @@ class EngineSource:
         if self._given is not None:
             return self._given
         engine = None if self._shared is None else self._shared()
-        return None if engine is None or engine.closed or not engine.touch(self.keep_alive) else engine
+        if engine is None or engine.closed or not engine.touch():
+            return None
+        engine.stay(self.keep_alive)
+        return engine
 
     def _load(self) -> Future[AsyncEngine]:
         """Load on a thread of its own, once for all who wait: a loop's default executor has few threads."""
@@ -93,7 +96,7 @@ class EngineSource:
         try:
             with _token_in_environment(self.token):
                 engine = get_engine(self._config)
-                engine.touch(self.keep_alive)
+                engine.stay(self.keep_alive)
         except BaseException as error:  # whoever waits gets it
             with self._lock:
                 self._loading = None
@@ -127,13 +130,12 @@ def shared_engine(config: EngineConfig, token: str | None = None, keep_alive: fl
     Args:
         config: The configuration.
         token: Counts when the model has to be downloaded.
-        keep_alive: Seconds that the engine stays loaded without work; None leaves that as it is.
+        keep_alive: Seconds that the engine stays loaded without work, None for ever; who asks last decides.
     """
     source = _SOURCES.get(config) or _SOURCES.setdefault(config, EngineSource(config))
     if token is not None:
         source.token = token  # whoever has one gives it to all who ask for this model
-    if keep_alive is not None:
-        source.keep_alive = keep_alive
+    source.keep_alive = keep_alive
     return source
 
 
@@ -215,8 +217,9 @@ class Call:
         Raises:
             PagedLLMError: It cannot be served; nothing was allocated.
         """
-        request, style = self._prepare(engine, stream)
-        return Submission(engine.enqueue(request), style)
+        with engine.held():
+            request, style = self._prepare(engine, stream)
+            return Submission(engine.enqueue(request), style)
 
     async def asubmit(self, engine: AsyncEngine, *, stream: bool) -> Submission:
         """Queue it from an event loop; template, tokenizer and grammar run on the engine's intake thread.
@@ -224,8 +227,9 @@ class Call:
         Raises:
             PagedLLMError: It cannot be served; nothing was allocated.
         """
-        request, style = await engine.run_in_intake(self._prepare, engine, stream)
-        return Submission(engine.enqueue(request), style)
+        with engine.held():
+            request, style = await engine.run_in_intake(self._prepare, engine, stream)
+            return Submission(engine.enqueue(request), style)
 
     def run(self, engine: AsyncEngine) -> Answer:
         """Queue it and block until it has ended; leaving early (Ctrl-C) frees its blocks.

@@ -455,12 +455,16 @@ next(iter(handle))
 
 def test_an_idle_engine_leaves_after_its_time_and_not_before() -> None:
     engine = make()
-    assert engine.touch(keep_alive=60.0)
+    engine.stay(60.0)
     handle = engine.submit([1, 2], SamplingParams(max_tokens=3, ignore_eos=True))
     assert len(handle.result().outputs[0].token_ids) == 3
     assert not engine.closed
     assert engine.idle_since is not None
-    assert engine.touch(keep_alive=0.01)
+    assert engine.touch()
+    with engine.held():
+        engine.stay(0.01)
+        engine._worker._thread.join(timeout=0.2)
+        assert not engine.closed
     engine._worker._thread.join(timeout=30)
     assert engine.closed
     assert not engine.touch()
@@ -480,7 +484,7 @@ def test_an_engine_with_work_does_not_leave() -> None:
     handle = engine.submit([1, 2], SamplingParams(max_tokens=20, ignore_eos=True))
     assert entered.wait(30)
     assert engine.idle_since is None
-    assert engine.touch(keep_alive=1e-6)
+    engine.stay(1e-6)
     release.set()
     assert len(handle.result().outputs[0].token_ids) == 20
     engine._worker._thread.join(timeout=30)

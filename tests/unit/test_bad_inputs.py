@@ -38,7 +38,7 @@ BAD_PARAMS: list[tuple[str, dict[str, Any]]] = [
     ("logit_bias", {"logit_bias": {1: math.nan}}),
     ("logit_bias", {"logit_bias": {1: math.inf}}),
     ("logit_bias", {"logit_bias": {"a": 1.0}}),
-    ("guided", {"guided": GuidedParams(regex="a")}),
+    ("stop", {"guided": GuidedParams(regex="a"), "stop": ["b"]}),
     ("temperature=0.5", {"use_beam_search": True, "temperature": 0.5}),
     *[(name, {"use_beam_search": True, name: 1}) for name in ("top_p", "top_k", "min_p", "seed")],
     ("max_token", {"max_token": 5}),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import contextvars
 import functools
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,10 +24,16 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_pagedllm.convert import PROVIDER, Chunks, Source, to_chat_result, to_template_messages
 from langchain_pagedllm.errors import as_langchain_errors
 from langchain_pagedllm.fields import IGNORED_PER_CALL, PagedModel, check_streamable
-from langchain_pagedllm.sharing import configs_of_one_share, given_key, share_key, with_one_share
+from langchain_pagedllm.profile import model_profile
+from langchain_pagedllm.sharing import (
+    configs_of_one_share,
+    each_as_completed,
+    given_key,
+    share_key,
+    with_one_share,
+)
 from langchain_pagedllm.structured import as_tool, bindings_and_parser, with_raw
 from pagedllm_core.chat.adapter import Call, watched
-from pagedllm_core.chat.profile import local_profile
 from pagedllm_core.chat.schemas import response_schema
 from pagedllm_core.chat.tools import tool_choice as parse_tool_choice
 
@@ -82,25 +86,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         return params
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        found = local_profile(self.model, self.revision)
-        if found is None:
-            return None
-        limit = self.max_model_len or found.max_model_len
-        return {
-            "max_input_tokens": limit,
-            "max_output_tokens": min(limit, self.max_tokens or limit),
-            "text_inputs": True,
-            "text_outputs": True,
-            "image_inputs": False,
-            "audio_inputs": False,
-            "video_inputs": False,
-            "tool_calling": found.has_template,
-            "tool_choice": found.has_template,
-            "tool_call_streaming": found.has_template,
-            "structured_output": found.has_template,
-            "reasoning_output": found.reasons,
-            "temperature": True,
-        }
+        return model_profile(self.model, self.revision, self.max_model_len, self.max_tokens)
 
     # One call.
 
@@ -268,25 +254,16 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         """Answer all inputs in one shared batch, each as soon as it is ready."""
         configs = configs_of_one_share(config, len(inputs))
         limit = configs[0].get("max_concurrency") if configs else None
-        seats = contextlib.nullcontext() if limit is None else asyncio.Semaphore(limit)
 
-        async def answer(number: int) -> tuple[int, AIMessage | Exception]:
-            async with seats:
-                try:
-                    return number, await self.ainvoke(inputs[number], configs[number], **kwargs)
-                except Exception as error:
-                    if not return_exceptions:
-                        raise
-                    return number, error
+        def answer(number: int) -> Coroutine[Any, Any, AIMessage]:
+            return self.ainvoke(inputs[number], configs[number], **kwargs)
 
-        # Tasks of our own, so that none of them outlives a reader that leaves.
-        tasks = [asyncio.ensure_future(answer(number)) for number in range(len(inputs))]
+        answers = each_as_completed(answer, len(inputs), limit, return_exceptions)
         try:
-            for done in asyncio.as_completed(tasks):
-                yield await done
+            async for one in answers:
+                yield one
         finally:
-            for task in tasks:
-                task.cancel()
+            await answers.aclose()
 
     def generate(
         self,

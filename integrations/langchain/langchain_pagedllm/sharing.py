@@ -6,13 +6,17 @@ key for each call of `batch`, `abatch` or `generate`, which is put into the meta
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
 
 from langchain_core.callbacks import BaseRunManager
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config, get_config_list
+
+Result = TypeVar("Result")
 
 _NAMES = ("share_key", "thread_id")
 
@@ -68,3 +72,34 @@ def configs_of_one_share(config: Any, count: int, max_concurrency: int | None = 
 
 def _given(metadata: Mapping[str, Any] | None) -> str | None:
     return next((str(metadata[name]) for name in _NAMES if metadata and metadata.get(name) is not None), None)
+
+
+async def each_as_completed(
+    run: Callable[[int], Coroutine[Any, Any, Result]], count: int, limit: int | None, return_exceptions: bool
+) -> AsyncGenerator[tuple[int, Result | Exception], None]:
+    """Results with their numbers, in the order in which they are ready; none outlives a reader that leaves.
+
+    Args:
+        run: Makes the run of a number.
+        count: Runs.
+        limit: Most runs at once; None: all.
+        return_exceptions: Errors come as results instead of ending it all.
+    """
+    seats = contextlib.nullcontext() if limit is None else asyncio.Semaphore(limit)
+
+    async def one(number: int) -> tuple[int, Result | Exception]:
+        async with seats:
+            try:
+                return number, await run(number)
+            except Exception as error:
+                if not return_exceptions:
+                    raise
+                return number, error
+
+    tasks = [asyncio.ensure_future(one(number)) for number in range(count)]
+    try:
+        for done in asyncio.as_completed(tasks):
+            yield await done
+    finally:
+        for task in tasks:
+            task.cancel()
