@@ -132,7 +132,7 @@ def test_calls_that_are_forbidden_are_not_made(chat):
 def test_a_call_or_the_answer_s_form(chat):
     bound = chat.bind_tools([add], response_format=Person)
     begin = get_engine(chat.engine_config()).tokenizer.convert_tokens_to_ids("<tool_call>")
-    call = bound.invoke(QUESTION, logit_bias={begin: 100.0})
+    call = bound.invoke(QUESTION, logit_bias={begin: 100.0}, parallel_tool_calls=False)
     assert [one["name"] for one in call.tool_calls] == ["add"]
     answer = bound.invoke(QUESTION, logit_bias={begin: -100.0})
     Person.model_validate_json(answer.content)
