@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import llguidance
-import llguidance.numpy
 import torch
 from grammar_engines import WIDTH, array, processor, record, syllables, synthetic_tokenizer
 from tqdm import tqdm
@@ -196,8 +195,8 @@ class Clock:
 
 PLACES: dict[str, tuple[Any, str]] = {
     "mask": (advance, "mask_logits"),
-    "fill": (llguidance.numpy, "fill_next_token_bitmask"),
-    "apply": (guided, "_apply"),
+    "fill": (guided.Guide, "fill"),
+    "apply": (guided, "_bits"),
     "budget": (advance, "_keep_to_budget"),
     "fits": (guided.Guide, "fits"),
     "search": (guided.Vocabulary, "closing"),
@@ -300,7 +299,7 @@ def table(results: list[Result]) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     split = [
-        "| | masks in llguidance | applied to the logits | rest of the mask | does it fit, and choosing again | of it "
+        "| | masks filled | bits unpacked | rest of the mask | does it fit, and choosing again | of it "
         "closings searched | advance | of it forced text | rest |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -347,7 +346,7 @@ def main() -> None:
     taken = (
         f"A step of the 0.5B shape in bfloat16 at this batch takes {statistics.median(steps):.0f} ms in this run "
         f"(median of {len(steps)}, one thread, one in ten "
-        f"under {tenth(steps):.0f}; other work ran on the machine)."
+        f"under {tenth(steps):.0f})."
         if steps
         else "The 0.5B shape was not measured in this run (`--model`)."
     )

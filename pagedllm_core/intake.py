@@ -85,10 +85,8 @@ class Intake:
             raise InvalidRequestError(f"n={params.n}, best_of={params.best_of}: {GREEDY_COPIES}")
         room = self._runner.max_model_len - len(token_ids)
         limit = max(1, room if params.max_tokens is None else min(params.max_tokens, room))
-        grammar = None
         if params.guided is not None:
             limit = min(limit, self._pool_room(len(token_ids), params.width))
-            grammar = self._grammar(params, limit)
         rules = self._rules(params, sampling)
         private = None if self._config.enable_prefix_caching else f"request {number}"
         return Request(
@@ -107,7 +105,7 @@ class Intake:
             share_key=_checked_share_key(share_key),
             stream=stream and params.best_of is None and not params.use_beam_search,
             beams=_beam_state(params, len(set(rules.end_token_ids)), limit) if params.use_beam_search else None,
-            grammar=grammar,
+            grammar=self._grammar(params, limit),
             prompt_logprobs=None if params.prompt_logprobs is None else [],
         )
 
@@ -127,7 +125,7 @@ class Intake:
         """Tokens that each sequence can generate with the pool to itself; a guided output may not be cut there."""
         size = self._config.block_size
         blocks = self._runner.num_blocks - prompt_tokens // size
-        return max(1, blocks // width * size - (prompt_tokens % size if width > 0 else 0))
+        return max(1, blocks // width * size - prompt_tokens % size)
 
     def _root_hash(self, salt: str | None, private: str | None) -> bytes:
         try:

@@ -390,6 +390,12 @@ MUTATIONS = [
         "self.scheduler.schedule()",
     ),
     Mutation("guided: any closing fits", GUIDED, "len(closing) <= room", "len(closing) <= room + 1"),
+    Mutation(
+        "guided: known closings are kept too long",
+        GUIDED,
+        "        self._known, self._failures = {}, 0\n",
+        "        self._failures = 0\n",
+    ),
     Mutation("guided: a fork shares its matcher", GUIDED, "else self.matcher.deep_copy()", "else self.matcher"),
     Mutation(
         "guided: the budget is off by one",

@@ -176,6 +176,12 @@ def test_texts_that_look_like_added_tokens(llm: LLM) -> None:
     assert run(llm, guided(choice=["x <tool_call> y"])).outputs[0].text == "x <tool_call> y"
 
 
+def test_a_stop_string_does_not_cut_what_is_not_complete(llm: LLM) -> None:
+    completion = run(llm, guided(grammar='start: "one two" /x?/', stop=["one"])).outputs[0]
+    assert completion.text.startswith("one two")
+    assert completion.finish_reason == "stop"
+
+
 def test_thousands_of_choices(llm: LLM) -> None:
     options = [f"option number {number}" for number in range(5000)] + [""]
     assert run(llm, guided(choice=options)).outputs[0].text in options

@@ -17,7 +17,6 @@ from langchain_core.output_parsers import (
 )
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
-from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from pagedllm_core.chat.schemas import class_schema, is_class
 from pagedllm_core.errors import InvalidRequestError
@@ -65,7 +64,6 @@ def bindings_and_parser(
         raise InvalidRequestError(f"method={method!r}: use one of {', '.join(METHODS)}")
     if isinstance(schema, Mapping) and schema.get("type") == "json_schema" and "json_schema" in schema:
         schema = schema["json_schema"].get("schema")  # OpenAI's form of a response format
-    is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
     if schema is None:
         if method != "json_mode":
             raise InvalidRequestError(f"schema=None: method={method!r} needs a schema; only json_mode goes without")
@@ -78,7 +76,7 @@ def bindings_and_parser(
         name = tool["function"]["name"]
         parser: Runnable[AIMessage, Any] = (
             PydanticToolsParser(tools=[schema], first_tool_only=True)
-            if is_class
+            if is_class(schema)
             else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
         )
         return {"tools": [tool], "tool_choice": name, "strict": True if strict is None else strict}, parser, told
@@ -87,7 +85,7 @@ def bindings_and_parser(
     response_format = {"type": "json_schema", "json_schema": {"name": name, "schema": converted, "strict": True}}
     return (
         {"response_format": response_format},
-        PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser(),
+        PydanticOutputParser(pydantic_object=schema) if is_class(schema) else JsonOutputParser(),
         told,
     )
 
