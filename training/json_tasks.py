@@ -117,6 +117,14 @@ def _read() -> list[Field]:
 
 
 FIELDS = _read()
+_TYPED = set(
+    """
+date deadline birthday arrival departure time start opening price cost amount total budget phone telephone mobile email
+mail url website link page duration period
+""".split()  # noqa: SIM905
+)
+"""Keys whose values are known by their looks, so that a sentence may leave the key out."""
+
 ASKS = """
 Extract {keys} as JSON.
 Extract {keys}.
@@ -146,6 +154,60 @@ _SYSTEMS = [
     "Be exact.",
     "You read messages and fill forms.",
 ]
+
+
+_JOINTS = """
+the a this that these as for of with in on at from under by it is was be will would has have had and or to which there
+here we you they he she our their its your my all each any only also then now just what who where given gives says said
+reads called stands set put makes means shows holds about after before over into near along
+""".split()  # noqa: SIM905
+_BREAKS = [" ", " ", " ", " ", ": ", ", ", " = ", " - ", " (", ' "']
+_CLOSING = {" (": ")", ' "': '"'}
+_JSON_WORDS = ["JSON", "JSON", "json", "a JSON object", "an object", "JSON only", ""]
+_REQUESTS = """
+give write return extract find take answer reply read fill tell get pick want need please make show produce deliver
+collect report copy out down back exactly only kindly now
+""".split()  # noqa: SIM905
+
+
+def _joints(rng: Rng, most: int) -> str:
+    return " ".join(rng.choice(_JOINTS if rng.random() < 0.85 else w.NOUNS) for _ in range(rng.randint(0, most)))
+
+
+def composed_ask(keys: str, rng: Rng) -> str:
+    """A request for keys in an order of words that nobody wrote down; JSON is mostly named in it."""
+    before = [rng.choice(_REQUESTS) if rng.random() < 0.5 else rng.choice(_JOINTS) for _ in range(rng.randint(0, 5))]
+    after = [rng.choice(_REQUESTS) if rng.random() < 0.4 else rng.choice(_JOINTS) for _ in range(rng.randint(0, 4))]
+    rng.choice([before, before, after]).insert(rng.randint(0, 2), rng.choice(_JSON_WORDS))
+    left, right = (" ".join(filter(None, words)) for words in (before, after))
+    joint = rng.choice([" ", " ", " ", ": ", ", ", " ("])
+    text = f"{left}{joint}{keys}{_CLOSING.get(joint, '')}" if left else keys
+    if right:
+        text += rng.choice([" ", ", ", ". "]) + right
+    return (capital(text) if rng.random() < 0.8 else text) + rng.choice([".", ".", ":", "?", "!", ""])
+
+
+def composed_sentence(key: str, value: str, rng: Rng) -> str:
+    """A sentence of little words in any order that names a key and then its value, or the other way round."""
+    between = f" {joints} " if (joints := _joints(rng, 4)) else " "
+    opening = rng.choice(_BREAKS)
+    if rng.random() < 0.75:
+        gap = between.rstrip() + opening if between.strip() or opening.strip() else rng.choice([": ", " = ", " is "])
+        core = f"{key}{gap}{value}{_CLOSING.get(opening, '')}"
+    else:
+        core = f"{value}{rng.choice([',', '', ''])}{between if between.strip() else ' as '}{key}"
+    text = f"{_joints(rng, 4)} {core}".strip()
+    if rng.random() < 0.25:
+        text += ", " + (_joints(rng, 3) or "too")
+    return text + "."
+
+
+def composed_typed(value: str, rng: Rng) -> str:
+    """A sentence that holds a value without its key."""
+    text = f"{_joints(rng, 4)} {value}".strip()
+    if rng.random() < 0.5:
+        text += rng.choice([" ", ", "]) + (_joints(rng, 3) or rng.choice(w.NOUNS))
+    return text + "."
 
 
 def _foreign(field: Field, rng: Rng) -> Field:
@@ -182,6 +244,10 @@ def schema_of(fields: list[Field], rng: Rng) -> str:
 def sentence(field: Field, value: Any, rng: Rng, common: tuple[str, ...] = NAMED) -> str:
     """A sentence that states the value of a field."""
     own = bool(field.ways) and rng.random() < (0.55 if field.kind != "array" else 0.3)
+    if common is NAMED and rng.random() < 0.6:
+        if own and field.key in _TYPED and rng.random() < 0.5:
+            return capital(composed_typed(shown(value), rng)).replace("..", ".")
+        return capital(composed_sentence(field.key.replace("_", " "), shown(value), rng)).replace("..", ".")
     text = rng.choice(field.ways if own else common).replace("{k}", field.key.replace("_", " "))
     return capital(text.replace("{}", shown(value))).replace("..", ".")
 
@@ -229,6 +295,8 @@ def extraction(
             ask = rng.choice(_SCHEMA_ASKS).format(schema=schema_of(asked, rng))
         else:
             ask = rng.choice(asks).format(keys=listing)
+            if asks is ASKS and rng.random() < 0.6:
+                ask = composed_ask(listing, rng)
         head = rng.choice([f"{text}\n\n{ask}", f"{ask}\n\n{text}", f"{ask}\nText: {text}"])
         messages.append({"role": "user", "content": head if turn == 0 else ask})
         messages.append({"role": "assistant", "content": dumps({field.key: values[field.key] for field in asked})})

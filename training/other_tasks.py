@@ -238,6 +238,9 @@ _MEMORY: list[tuple[str, Any, list[str], list[str], str]] = [
             "You may call me {}.",
             "I'm called {}.",
             "Good morning, I am {}!",
+            "It is {} speaking.",
+            "Dear model, {} is my name.",
+            "Hello, this is {}!",
         ],
         [
             "What is my name?",
@@ -248,6 +251,16 @@ _MEMORY: list[tuple[str, Any, list[str], list[str], str]] = [
             "What am I called?",
             "Can you tell me my name?",
             "How do I call myself?",
+            "Who is speaking with you?",
+            "Who is it that writes to you?",
+            "With whom are you chatting?",
+            "Whom do you speak to?",
+            "Do you still know who I am?",
+            "Who is asking you all this?",
+            "Tell me who I am.",
+            "And how was I called?",
+            "Write down my name.",
+            "Who has been talking here with you?",
         ],
         "Your name is {}.",
     ),
@@ -300,7 +313,9 @@ _PLEASED = ["Nice to meet you, {}.", "Hello {}, nice to meet you."]
 def memory(rng: Rng) -> Dialogue:
     """Facts about the user, small talk between (of many turns now and then), and questions that recall them."""
     chosen = rng.sample(_MEMORY, rng.randint(1, 4))
-    long = rng.random() < 0.4
+    long = rng.random() < 0.5
+    if long:
+        chosen = list({entry[0]: entry for entry in [_MEMORY[0], *chosen]}.values())[:3]
     values = {entry[0]: v.foreign(rng) if rng.random() < 0.1 else entry[1](rng) for entry in chosen}
     messages: list[Message] = []
     if rng.random() < 0.4:
