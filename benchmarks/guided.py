@@ -86,7 +86,7 @@ class Writer:
         wanted: The logit of the document's next token; 0 leaves noise.
     """
 
-    num_blocks, block_size, num_host_blocks, max_model_len = 16_384, 16, 0, 8192
+    num_blocks, block_size, num_host_blocks, max_model_len, sampler = 16_384, 16, 0, 8192, None
     generation_defaults: Mapping[str, Any] = {"do_sample": False}
     model_name, vocab_size = "none", WIDTH
 

@@ -39,7 +39,7 @@ class NoModel:
         tokenizer: Detokenizes the ids, which are all below 2,000.
     """
 
-    num_blocks, block_size, num_host_blocks, max_model_len = 4096, 16, 0, 4096
+    num_blocks, block_size, num_host_blocks, max_model_len, sampler = 4096, 16, 0, 4096, None
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: Mapping[str, Any] = {"do_sample": False}
     model_name = "none"

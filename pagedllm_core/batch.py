@@ -50,7 +50,10 @@ class ScheduledBatch:
         return sum(row.end - row.start for row in self.rows)
 
     def to_forward(self) -> ForwardBatch:
-        """Pack the rows into one ragged row of tokens; logits are asked for where a token is chosen or scored."""
+        """Pack the rows into one ragged row of tokens; logits are asked for where a token is chosen or scored.
+
+        A token that only the device knows yet is 0 here; `ForwardBatch.carried` says where it comes from.
+        """
         rows = self.rows
         lengths = np.array([row.end - row.start for row in rows], dtype=np.int32)
         query_starts = np.zeros(len(rows) + 1, dtype=np.int32)
@@ -67,7 +70,7 @@ class ScheduledBatch:
             block_tables[number, : len(table)] = table.ids
             after = first + end - start
             if end - start == 1:
-                token_ids[first] = sequence.token_ids[start]
+                token_ids[first] = sequence.token_ids[start] if start < len(sequence.token_ids) else 0
                 positions[first] = start
                 slots[first] = table.slot(start)
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import time
@@ -12,7 +11,8 @@ from typing import Any
 
 from pagedllm_core.batch import ScheduledBatch
 from pagedllm_core.config import EngineConfig
-from pagedllm_core.decode.advance import advance, finish_early
+from pagedllm_core.deadlines import Deadlines
+from pagedllm_core.decode.advance import finish_early
 from pagedllm_core.delivery import build_output
 from pagedllm_core.errors import (
     EngineClosedError,
@@ -27,6 +27,7 @@ from pagedllm_core.kv.table import BlockTable
 from pagedllm_core.metrics import EngineStats
 from pagedllm_core.model.interface import Runner
 from pagedllm_core.outputs import RequestOutput
+from pagedllm_core.overlap import Flight, forget, land, launch, seal
 from pagedllm_core.params import SamplingParams
 from pagedllm_core.request import Request, RequestState, Sequence
 from pagedllm_core.scheduler import Scheduler
@@ -69,12 +70,13 @@ class Engine:
         self._clock = clock
         self._arrivals = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._deadlines: list[tuple[float, int, Request]] = []
+        self._deadlines = Deadlines()
         self._suspects: deque[Request] = deque()
         self._outbox: list[RequestOutput] = []
         self._steps = self._max_batch_size = self._prefilled = self._generated = 0
         self._occupancy: deque[tuple[int, int, int]] = deque(maxlen=512)  # (step, blocks used, blocks cached)
         self._closed = False
+        self._flight: Flight | None = None  # the step that the device computes while the host goes on
         if self.runner.num_host_blocks:
             self._measure_copies()
 
@@ -110,7 +112,7 @@ class Engine:
         self.scheduler.add(request)
         self._requests[request.request_id] = request
         if request.deadline is not None:
-            self._watch_deadline(request, request.deadline)
+            self._deadlines.watch(request, request.deadline)
         return request.request_id
 
     def abort(self, request_id: str) -> bool:
@@ -132,15 +134,25 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """True while a request is unfinished or an output is undelivered."""
-        return bool(self._requests) or bool(self._outbox)
+        """True while a request is unfinished, a step is under way or an output is undelivered."""
+        return bool(self._requests) or bool(self._outbox) or self._flight is not None
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run one forward pass, choose tokens; returns what is new of every request that has news.
 
-        Never raises for a request's sake: a request that failed is returned once, finished, with `error` set.
+        Where the device samples, this launches a step and reads the one before. Never raises for a request's sake: a
+        request that failed is returned once, finished, with `error` set.
         """
         self._expire()
+        if self._flight is not None:
+            self._continue(self._flight)
+        else:
+            self._begin()
+        outputs, self._outbox = self._outbox, []
+        return outputs
+
+    def _begin(self) -> None:
+        """A step of which nothing is under way: launch it, and read it where the next one cannot be launched first."""
         suspect = self._next_suspect()
         batch = ScheduledBatch()
         try:
@@ -148,15 +160,42 @@ class Engine:
             self._finish_exhausted(batch)
             self._move_blocks(batch)
             if batch.rows:
-                self._run(batch)
-            elif self.scheduler.has_work and not batch.exhausted and not self._outbox:
+                flight = launch(batch, self.runner, self.runner.sampler, self._start_clocks(batch))
+                if flight.allows_another and suspect is None:
+                    self._flight = flight
+                else:
+                    self._land(flight)
+                return self._clear(batch, suspect)
+            self.scheduler.commit()
+            if self.scheduler.has_work and not batch.exhausted and not self._outbox:
                 raise RuntimeError("no request could be scheduled although some wait")
         except Exception as error:
             self._recover(batch, error, suspect)
-        else:
-            self._clear(batch, suspect)
-        outputs, self._outbox = self._outbox, []
-        return outputs
+
+    def _continue(self, flight: Flight) -> None:
+        """Launch the step after the one under way, then read that one."""
+        self._flight = self._launch_ahead(flight) if flight.allows_another else None
+        try:
+            self._land(flight)
+        except Exception as error:
+            if self._flight is not None:
+                forget(self._flight)
+            self._flight = None
+            self._recover(flight.batch, error, None)
+
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
+        batch: ScheduledBatch | None = ScheduledBatch()
+        try:
+            batch = self.scheduler.schedule_ahead()
+            if batch is None:
+                return None
+            self._move_blocks(batch)
+            if not batch.rows:
+                return None
+            return launch(batch, self.runner, self.runner.sampler, self._start_clocks(batch), before=flight)
+        except Exception as error:
+            self._recover(batch or ScheduledBatch(), error, None)
+            return None
 
     def _move_blocks(self, batch: ScheduledBatch) -> None:
         """Everything that is copied before the forward pass; what leaves first, as its place may be taken."""
@@ -166,8 +205,6 @@ class Engine:
             self._timed_copy(self.runner.swap_in, batch.swap_in)
         if batch.copies:
             self.runner.copy_blocks(batch.copies)
-        if not batch.rows:
-            self.scheduler.commit()
 
     def _timed_copy(self, copy: Callable[[list[tuple[int, int]]], None], moves: list[tuple[int, int]]) -> None:
         started = self._clock()
@@ -182,24 +219,28 @@ class Engine:
             self._timed_copy(self.runner.swap_out, moves)
             self._timed_copy(self.runner.swap_in, moves)
 
-    def _run(self, batch: ScheduledBatch) -> None:
-        self._start_clocks(batch)
-        started = self._clock()
-        logits = self.runner.run(batch.to_forward())
-        chosen = sum(1 if row.request.forked else row.request.width for row in batch.rows if row.samples)
-        self.scheduler.commit()
-        failures = advance(batch, logits)
-        self.scheduler.swap.costs.step.add(batch.num_tokens, self._clock() - started)
-        self._generated += chosen + batch.forced
+    def _land(self, flight: Flight) -> None:
+        """Read a step: sequences take their tokens, what finished is freed, what is new goes out."""
+        batch = flight.batch
+        try:
+            sampled = None if flight.pending is None else flight.pending.result()
+            self.scheduler.commit()
+        except Exception:
+            forget(flight)
+            raise
+        failures, chosen = land(flight, sampled)
+        self.scheduler.swap.costs.step.add(batch.num_tokens, self._clock() - flight.started)
+        self._generated += chosen
         self._count(batch)
         for request, error in failures.items():
             self._fail(request, error)
         for request in dict.fromkeys(row.request for row in batch.rows if row.samples):
-            if request not in failures:
+            if request.state is not RequestState.FINISHED:
                 try:
                     self._settle(request)
                 except Exception as error:
                     self._fail(request, as_failure(request.request_id, error))
+        seal(flight)
         self._occupancy.append((self._steps, self.pool.num_used, self.pool.num_cached))
 
     def _count(self, batch: ScheduledBatch) -> None:
@@ -208,12 +249,14 @@ class Engine:
         for row in batch.rows:
             self._prefilled += max(0, min(row.end, row.sequence.prompt_length) - row.start)
 
-    def _start_clocks(self, batch: ScheduledBatch) -> None:
+    def _start_clocks(self, batch: ScheduledBatch) -> float:
+        """Note who takes part in a step for the first time; returns the time."""
         now = self._clock()
         for row in batch.rows:
             if not row.request.started:
                 row.request.started = True
                 row.request.metrics.queued_s = now - row.request.arrival_time
+        return now
 
     def _settle(self, request: Request) -> None:
         """After a step that chose tokens: free what finished, and hand out what is new."""
@@ -255,21 +298,11 @@ class Engine:
             self._outbox.append(build_output(request))
 
     def _expire(self) -> None:
-        while self._deadlines and (self._deadlines[0][2].state is RequestState.FINISHED or self._due()):
-            _, _, request = heapq.heappop(self._deadlines)
-            if request.state is not RequestState.FINISHED:
-                elapsed = self._clock() - request.arrival_time
-                message = f"request {request.request_id!r} did not finish within its timeout ({elapsed:.3g} s passed)"
-                self._fail(request, RequestTimeoutError(message + "; raise timeout, or lower max_tokens"))
-
-    def _watch_deadline(self, request: Request, deadline: float) -> None:
-        if len(self._deadlines) > 2 * len(self._requests) + 64:  # most entries are of requests long finished
-            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not RequestState.FINISHED]
-            heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (deadline, request.arrival, request))
-
-    def _due(self) -> bool:
-        return self._deadlines[0][0] <= self._clock()
+        now = self._clock()
+        for request in self._deadlines.passed(now):
+            elapsed = now - request.arrival_time
+            message = f"request {request.request_id!r} did not finish within its timeout ({elapsed:.3g} s passed)"
+            self._fail(request, RequestTimeoutError(message + "; raise timeout, or lower max_tokens"))
 
     def _next_suspect(self) -> Request | None:
         while self._suspects and self._suspects[0].state is RequestState.FINISHED:
@@ -318,7 +351,7 @@ class Engine:
             kv_blocks_used=self.pool.num_used,
             kv_blocks_cached=self.pool.num_cached,
             kv_blocks_free=self.pool.num_free,
-            kv_waste=self._empty_slots() / used_slots if used_slots else 0.0,
+            kv_waste=self.scheduler.empty_slots() / used_slots if used_slots else 0.0,
             max_batch_size=self._max_batch_size,
             prefix_cache_queries=self.scheduler.prefix_cache_queries,
             prefix_cache_hits=self.scheduler.prefix_cache_hits,
@@ -330,16 +363,6 @@ class Engine:
             block_map=self.pool.block_map(),
             occupancy=tuple(self._occupancy),
         )
-
-    def _empty_slots(self) -> int:
-        """Slots without a token: only a sequence's last block has any; forks that share one count it once."""
-        tails = {
-            int(sequence.table.ids[-1]): sequence.table.room() - sequence.num_computed
-            for request in self.scheduler.running
-            for sequence in request.sequences
-            if len(sequence.table)
-        }
-        return sum(tails.values())
 
     def check(self) -> None:
         """Prove the pool's invariants against every live block table (for tests).

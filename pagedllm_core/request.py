@@ -31,6 +31,7 @@ class Sequence:
         num_computed         ^            tokens left of it have their keys and values in the cache
 
     Each step lets `num_computed` catch up with `num_tokens`; a decode step is the case where one token is missing.
+    Where steps overlap, the last `ahead` tokens are chosen on the device and not known here yet.
     """
 
     def __init__(self, index: int, token_ids: list[int], prompt_length: int, table: BlockTable, root: bytes) -> None:
@@ -40,6 +41,7 @@ class Sequence:
         self.table = table
         self.swapped: BlockTable | None = None  # its blocks in host memory, while it waits there
         self.num_computed = 0
+        self.ahead = 0
         self.cumulative_logprob = 0.0
         self.logprobs: list[dict[int, Logprob]] = []
         self.detokenizer: Detokenizer | None = None
@@ -52,12 +54,12 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known so far, prompt included."""
-        return len(self.token_ids)
+        """Tokens so far, prompt included."""
+        return len(self.token_ids) + self.ahead
 
     @property
     def num_generated(self) -> int:
-        """Tokens generated so far."""
+        """Generated tokens that are known."""
         return len(self.token_ids) - self.prompt_length
 
     @property
@@ -68,7 +70,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens whose keys and values are still to be computed."""
-        return len(self.token_ids) - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def finished(self) -> bool:
@@ -180,6 +182,11 @@ class Request:
     def swapped(self) -> bool:
         """True while its blocks are in host memory."""
         return any(sequence.swapped is not None for sequence in self.sequences)
+
+    @property
+    def ending(self) -> bool:
+        """True where the tokens on their way from the device are its last ones."""
+        return any(one.ahead and one.num_generated + one.ahead >= self.max_tokens for one in self.active)
 
     @property
     def forked(self) -> bool:

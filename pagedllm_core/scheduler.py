@@ -60,6 +60,16 @@ class Scheduler:
         """True while any request is unfinished."""
         return bool(self.running) or len(self.waiting) > 0
 
+    def empty_slots(self) -> int:
+        """Slots of used blocks without a token: a sequence's last block has some; forks that share it count it once."""
+        tails = {
+            int(sequence.table.ids[-1]): sequence.table.room() - sequence.num_computed
+            for request in self.running
+            for sequence in request.sequences
+            if len(sequence.table)
+        }
+        return sum(tails.values())
+
     def add(self, request: Request) -> None:
         """Queue a new request."""
         self.waiting.push(request)
@@ -102,6 +112,25 @@ class Scheduler:
         request.metrics.preemptions += 1
         self.num_preemptions += 1
         self.waiting.push(request)
+
+    def schedule_ahead(self) -> ScheduledBatch | None:
+        """Decide the next step while one is under way, without the tokens that it chooses.
+
+        Requests whose last token is under way are left out. Nobody is preempted: what finishes now may make the room.
+
+        Returns:
+            None where the pool is too short for that.
+        """
+        candidates = [request for request in self.running if not request.ending]
+        decoding = [one.active for one in candidates if all(sequence.remaining == 1 for sequence in one.active)]
+        if sum(map(self._decode_blocks, decoding)) > self.pool.num_available:
+            return None
+        self.pool.begin()
+        self.swap.begin()
+        batch = ScheduledBatch()
+        if not self._schedule_chunks(batch, self._schedule_decodes(batch, candidates)):
+            self._admit(batch, None)
+        return batch
 
     def schedule(self, only: Request | None = None) -> ScheduledBatch:
         """Decide one step and assign its slots. Marks the scheduled tokens as computed.
@@ -210,7 +239,7 @@ class Scheduler:
         copy = sequence.table.reserve(start, end)
         if copy is not None:
             batch.copies.append(copy)
-        for index in range(start // self.block_size, end // self.block_size):
+        for index in range(start // self.block_size, min(end, len(sequence.token_ids)) // self.block_size):
             sequence.table.seal(index, sequence.block_hash(index))
         sequence.num_computed = end
         prompt_tokens = max(0, min(end, sequence.prompt_length) - start)

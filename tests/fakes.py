@@ -15,6 +15,7 @@ import torch
 
 from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.config import EngineConfig
+from pagedllm_core.decode.device import DeviceSampler
 from pagedllm_core.engine import Engine
 from pagedllm_core.outputs import RequestOutput
 from pagedllm_core.streams import merge_outputs
@@ -50,7 +51,9 @@ class FakeRunner:
         generation_defaults: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         num_host_blocks: int = 0,
+        overlaps: bool = False,
     ) -> None:
+        self.sampler = DeviceSampler(torch.device("cpu"), vocab_size, 1024) if overlaps else None
         self.num_host_blocks = num_host_blocks
         self.host = np.full((num_host_blocks, block_size), -1, dtype=np.int64)
         self.swapped_blocks = 0
@@ -66,6 +69,8 @@ class FakeRunner:
     def run(self, batch: ForwardBatch) -> torch.Tensor:
         self.before_run(batch)
         self.batches.append(batch)
+        if batch.carried is not None:
+            batch.token_ids[batch.carried.rows] = batch.carried.tokens.numpy()[batch.carried.sources]
         if len(set(batch.slot_mapping.tolist())) != len(batch.slot_mapping):
             raise RuntimeError("a slot is written twice in one step")
         self.slots[batch.slot_mapping] = batch.token_ids

@@ -60,8 +60,8 @@ MUTATIONS = [
     Mutation(
         "a failed step's blocks stay",
         POOL,
-        "            self._forget(block, keep_pending=True)\n",
-        "            pass\n",
+        "            self._forget(block)\n        self._pending",
+        "            pass\n        self._pending",
     ),
     Mutation("blocks stay although caching is off", POOL, "if indexed and self._retain and", "if indexed and"),
     Mutation(
@@ -148,7 +148,7 @@ MUTATIONS = [
         "                del self._cached[block]\n",
         "                self._cached[block]\n",
     ),
-    Mutation("a block that is not computed is kept", POOL, " and block not in self._pending:", ":"),
+    Mutation("a block that is not computed is kept", POOL, " and not self._is_pending(block):", ":"),
     Mutation(
         "the second block of one content is kept",
         POOL,
@@ -170,8 +170,14 @@ MUTATIONS = [
     Mutation(
         "a successful step's blocks stay in doubt",
         POOL,
-        'its sealed blocks are computed."""\n        self._pending.clear()',
-        'its sealed blocks are computed."""',
+        "        self._pending.popleft()\n        if not self._pending:\n            self._pending.append(set())\n",
+        "        pass\n",
+    ),
+    Mutation(
+        "a step commits what the next one sealed",
+        POOL,
+        "        self._pending.popleft()\n        if not self._pending:\n            self._pending.append(set())\n",
+        "        self._pending = deque([set()])\n",
     ),
     Mutation("an evicted block keeps its hash", POOL, "            self._hash[block] = None\n", "            pass\n"),
     Mutation(
@@ -382,7 +388,9 @@ MUTATIONS = [
         "other = Sequence(index, self.token_ids.copy(), ",
         "other = Sequence(index, self.token_ids, ",
     ),
-    Mutation("requests time out before their time", ENGINE, "return self._deadlines[0][0] <= ", "return 0 <= "),
+    Mutation(
+        "requests time out before their time", ENGINE, "self._deadlines.passed(now)", "self._deadlines.passed(1e9)"
+    ),
     Mutation(
         "a request tried alone is not alone",
         ENGINE,

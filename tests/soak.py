@@ -65,7 +65,13 @@ def main() -> int:
     logging.disable(logging.WARNING)  # requests that end for want of blocks are part of the traffic
     if arguments.part == "pool":
         return soak("pool", "operations", arguments.operations, arguments.first, pool_episode)
-    return soak("simulator", "seeds", arguments.seeds, arguments.first, lambda seed: min(1, simulate(seed)))
+    return soak(
+        "simulator",
+        "seeds",
+        arguments.seeds,
+        arguments.first,
+        lambda seed: min(1, simulate(seed, overlaps=seed % 2 == 1)),
+    )
 
 
 if __name__ == "__main__":

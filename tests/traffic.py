@@ -50,15 +50,29 @@ class Ledger:
         host_blocks: Blocks for swapping.
         seats: `max_num_seqs`.
         seed: Of the choice between swapping and recomputing.
+        overlaps: Let steps overlap.
         fields: Further fields of the configuration.
     """
 
     def __init__(
-        self, blocks: int, block_size: int, host_blocks: int = 0, seats: int = 16, seed: int = 0, **fields: Any
+        self,
+        blocks: int,
+        block_size: int,
+        host_blocks: int = 0,
+        seats: int = 16,
+        seed: int = 0,
+        overlaps: bool = False,
+        **fields: Any,
     ) -> None:
         self.blocks, self.block_size, self.seats = blocks, block_size, seats
         self.runner = FakeRunner(
-            blocks, block_size, VOCAB, LONGEST, generation_defaults={}, num_host_blocks=host_blocks
+            blocks,
+            block_size,
+            VOCAB,
+            LONGEST,
+            generation_defaults={},
+            num_host_blocks=host_blocks,
+            overlaps=overlaps,
         )
         self.engine = fake_engine(self.runner, max_num_seqs=seats, **fields)
         self.engine.scheduler.swap.costs = CoinToss(seed)
@@ -191,7 +205,7 @@ def random_params(generator: random.Random, seats: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=count)
 
 
-def simulate(seed: int) -> int:
+def simulate(seed: int, overlaps: bool = False) -> int:
     """Random traffic until all of it has ended, exactly, in a pool of 2 to 200 blocks; returns the steps it took."""
     generator = random.Random(seed)
     seats = generator.choice([1, 4, 16])
@@ -204,6 +218,7 @@ def simulate(seed: int) -> int:
         max_num_batched_tokens=max(seats, generator.choice([4, 16, 64])),
         enable_prefix_caching=generator.random() < 0.7,
         scheduling_policy=generator.choice(["fcfs", "fcfs", "priority", "fair"]),
+        overlaps=overlaps,
     )
     ledger.engine._recover = unexpected  # type: ignore[method-assign]  # recovering would hide a mistake
     left = 30

@@ -28,7 +28,7 @@ class TimedModel:
         vocabulary: Token ids that prompts may have; the logits have fewer columns.
     """
 
-    max_model_len, num_host_blocks = MAX_LENGTH, 0
+    max_model_len, num_host_blocks, sampler = MAX_LENGTH, 0, None
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: Mapping[str, Any] = {"do_sample": False}
     tokenizer: Any = None

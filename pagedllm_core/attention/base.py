@@ -29,6 +29,21 @@ class LayerSpec:
     kv_group: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class CarriedTokens:
+    """Input ids that only the device knows yet: `token_ids[rows] = tokens[sources]`.
+
+    Attributes:
+        rows: int64 [C], rows of the step.
+        sources: int64 [C], places in `tokens`.
+        tokens: int64 [D] on the device, what the step before chooses.
+    """
+
+    rows: npt.NDArray[np.int64]
+    sources: npt.NDArray[np.int64]
+    tokens: torch.Tensor
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """One step's ragged batch: S sequences, T tokens in one row, on the host.
@@ -45,6 +60,7 @@ class ForwardBatch:
         context_lens: int32 [S].
         block_tables: int32 [S, longest table], block ids in order, 0 beyond a sequence's own.
         logits_rows: int64 [L], rows whose logits are needed.
+        carried: Input ids that are not in `token_ids`, or None.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -54,6 +70,7 @@ class ForwardBatch:
     context_lens: npt.NDArray[np.int32]
     block_tables: npt.NDArray[np.int32]
     logits_rows: npt.NDArray[np.int64]
+    carried: CarriedTokens | None = None
 
 
 class AttentionBackend(Protocol):

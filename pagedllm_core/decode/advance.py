@@ -10,10 +10,10 @@ from pagedllm_core.batch import ScheduledBatch, wants_prompt_logprobs
 from pagedllm_core.decode.beam_step import advance_beams, conclude_early
 from pagedllm_core.decode.finish import finish_sequence, take_token
 from pagedllm_core.decode.guided import Guide, force, mask_logits
-from pagedllm_core.decode.logprobs import ScoredTokens, score_tokens
+from pagedllm_core.decode.logprobs import ScoredTokens, num_logprobs, score_tokens
 from pagedllm_core.decode.sample import Draw, most_likely, sample
 from pagedllm_core.errors import NO_TOKEN, PagedLLMError, RequestFailedError, as_failure
-from pagedllm_core.request import Request, Sequence
+from pagedllm_core.request import Request, RequestState, Sequence
 
 Failures = dict[Request, PagedLLMError]
 MAX_REJECTIONS = 16  # tokens that do not fit the budget of a guided output, before its closing is followed
@@ -40,7 +40,7 @@ def advance(batch: ScheduledBatch, logits: torch.Tensor) -> Failures:
         The requests that failed on their own (a caller's processor raised, no token was possible), with the reason.
     """
     failures: Failures = {}
-    choices, beams = _collect(batch, logits, failures)
+    choices, beams = collect(batch, logits, failures)
     if choices:
         _advance_samples(choices, logits, failures, batch)
     for request, rows in beams.items():  # last: nothing that concerns the whole batch can fail after a beam moved
@@ -57,32 +57,44 @@ def _advance_samples(choices: list[Choice], logits: torch.Tensor, failures: Fail
     chosen = [choice.row for choice in choices]
     raw = logits if chosen == list(range(len(logits))) else logits[chosen]
     tokens = _choose(choices, raw, failures)
-    scored = score_tokens(raw, tokens, [_num_logprobs(choice.request) for choice in choices])
+    scored = score_tokens(raw, tokens, [num_logprobs(choice.request) for choice in choices])
     for position, (choice, token) in enumerate(zip(choices, tokens.tolist(), strict=True)):
         if choice.request in failures:
             continue
         try:
-            sequence = _child(choice)
-            _append(sequence, choice.request, token, scored, position)
+            sequence = append_choice(choice, token, scored, position)
             batch.forced += _append_forced(sequence, choice.request)
         except Exception as error:
             failures[choice.request] = as_failure(choice.request.request_id, error)
 
 
-def _collect(
+def collect(
     batch: ScheduledBatch, logits: torch.Tensor, failures: Failures
 ) -> tuple[list[Choice], dict[Request, list[int]]]:
     """Which rows choose tokens, and which belong to which beam search; scores prompts on the way.
 
     Mirrors the order of `ScheduledBatch.to_forward`.
+
+    Args:
+        batch: The step that was run.
+        logits: As in `advance`.
+        failures: Receives the requests whose prompt could not be scored.
+
+    Returns:
+        The tokens to be chosen, forks before the sequences they share blocks with, and the rows of each beam search.
     """
     choices: list[Choice] = []
     beams: dict[Request, list[int]] = {}
     first = 0
     for request, sequence, start, end, samples in batch.rows:
         count = 1 if samples else 0
-        if wants_prompt_logprobs(request) and start < sequence.prompt_length:
+        scores_prompt = wants_prompt_logprobs(request) and start < sequence.prompt_length
+        if scores_prompt:
             count = end - start
+        if sequence.finished or request.state is RequestState.FINISHED:  # it ended after the step was launched
+            first += count
+            continue
+        if scores_prompt:
             try:
                 _score_prompt(request, start, logits[first : first + count])
             except Exception as error:
@@ -161,13 +173,25 @@ def _child(choice: Choice) -> Sequence:
     return child
 
 
-def _append(sequence: Sequence, request: Request, token: int, scored: ScoredTokens | None, position: int) -> None:
-    """Score one chosen token where that is wanted, and add it."""
-    if scored is not None and _num_logprobs(request) is not None:
+def append_choice(choice: Choice, token: int, scored: ScoredTokens | None, position: int) -> Sequence:
+    """Add a chosen token to its sequence, which may be a new fork, with its score where that is wanted.
+
+    Args:
+        choice: Which sequence it is for.
+        token: The token.
+        scored: Scores of all tokens of the step, or None.
+        position: The token's place among them.
+
+    Returns:
+        The sequence that took it.
+    """
+    sequence, request = _child(choice), choice.request
+    if scored is not None and num_logprobs(request) is not None:
         sequence.cumulative_logprob += scored.chosen[position]
         if request.params.logprobs is not None:
             sequence.logprobs.append(scored.entry(position, request.params.logprobs, request.decode))
     take_token(sequence, request, token)
+    return sequence
 
 
 def _append_forced(sequence: Sequence, request: Request) -> int:
@@ -176,7 +200,7 @@ def _append_forced(sequence: Sequence, request: Request) -> int:
     while (
         sequence.guide is not None
         and not sequence.finished
-        and _num_logprobs(request) is None
+        and num_logprobs(request) is None
         and (token := sequence.guide.only()) is not None
     ):
         take_token(sequence, request, token)
@@ -207,11 +231,3 @@ def _score_prompt(request: Request, start: int, logits: torch.Tensor) -> None:
     if scored is not None:
         entries = [scored.entry(position, count, request.decode) for position in range(len(targets))]
         done.extend(entries[len(done) - start - 1 :])
-
-
-def _num_logprobs(request: Request) -> int | None:
-    """Top log-probabilities wanted per generated token; 0 where only the chosen one's is needed."""
-    params = request.params
-    if params.logprobs is not None:
-        return params.logprobs
-    return 0 if params.best_of is not None and not params.use_beam_search else None

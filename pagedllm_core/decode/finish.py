@@ -42,7 +42,7 @@ def finish_sequence(sequence: Sequence, request: Request, reason: str, ended_by_
         return
     hidden = 1 if ended_by_token and not request.params.include_stop_str_in_output else 0
     detokenizer = _detokenizer(sequence, request)
-    tokens = sequence.token_ids[sequence.prompt_length : sequence.num_tokens - hidden]
+    tokens = sequence.token_ids[sequence.prompt_length : len(sequence.token_ids) - hidden]
     detokenizer.append(tokens[detokenizer.num_tokens :], check_stop=False)
     detokenizer.finish()
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from pagedllm_core.decode.detokenize import Decode
 from pagedllm_core.outputs import Logprob
+
+if TYPE_CHECKING:
+    from pagedllm_core.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +67,11 @@ def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, counts: list[int | 
         top.indices.tolist(),
         (top.values - total[:, None]).tolist(),
     )
+
+
+def num_logprobs(request: Request) -> int | None:
+    """Top log-probabilities wanted per generated token; 0 where only the chosen one's is needed, None without any."""
+    params = request.params
+    if params.logprobs is not None:
+        return params.logprobs
+    return 0 if params.best_of is not None and not params.use_beam_search else None

@@ -10,6 +10,8 @@ block pool like the device's, so that what forks shared on the device they share
 
 from __future__ import annotations
 
+from collections import deque
+
 from pagedllm_core.kv.pool import BlockPool
 from pagedllm_core.kv.table import BlockTable
 from pagedllm_core.request import Request
@@ -82,7 +84,7 @@ class SwapSpace:
         self.pool = BlockPool(total, retain=False)
         self.costs = PreemptionCosts()
         self._block_size = block_size
-        self._pending: list[Request] = []
+        self._pending: deque[list[Request]] = deque([[]])  # of each step under way, the oldest first
 
     def swap_out(self, request: Request) -> Moves | None:
         """Exchange the request's device blocks for host blocks, where there is room and it is worth it.
@@ -95,7 +97,7 @@ class SwapSpace:
         enough = 0 < len(blocks) <= self.pool.num_available
         if not enough or not self.costs.swapping_pays(len(blocks), len(blocks) * self._block_size):
             return None
-        self._pending.append(request)  # from here on, so that a failure is undone by `withdraw`
+        self._pending[-1].append(request)  # from here on, so that a failure is undone by `withdraw`
         host: dict[int, int] = {}
         for sequence in request.sequences:
             sequence.swapped = BlockTable(self.pool, self._block_size)
@@ -138,13 +140,19 @@ class SwapSpace:
             sequence.swapped = None
         return moves
 
+    def begin(self) -> None:
+        """Another step is scheduled while one is under way."""
+        self._pending.append([])
+
     def commit(self) -> None:
-        """The step succeeded: what it copied to host memory is there."""
-        self._pending.clear()
+        """The oldest step under way succeeded: what it copied to host memory is there."""
+        self._pending.popleft()
+        if not self._pending:
+            self._pending.append([])
 
     def withdraw(self) -> None:
-        """The step failed: requests that it should have copied to host memory are recomputed."""
-        for request in self._pending:
+        """A step failed: requests that it or the other one should have copied to host memory are recomputed."""
+        for request in (request for step in self._pending for request in step):
             for sequence in request.sequences:
                 sequence.rewind()
-        self._pending.clear()
+        self._pending = deque([[]])

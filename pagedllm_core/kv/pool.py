@@ -9,12 +9,12 @@ A block is in one of three states, and `free + cached + used == total` always:
 The one rule for memory: a slot is assigned for writing only in a block with `ref == 1 and hash is None`. When its last
 slot is assigned the block is sealed: it gets its hash and is *pending* until the step that fills it has succeeded. A
 pending block may be shared at once (every layer writes keys and values before it attends). If the step fails, all
-pending blocks are withdrawn, so that nobody finds them again.
+pending blocks are withdrawn, so that nobody finds them again. Of two steps under way (`begin`) each commits its own.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 
 FREE, CACHED, USED, SHARED = range(4)
@@ -35,7 +35,7 @@ class BlockPool:
         self._ref = [0] * total
         self._hash: list[bytes | None] = [None] * total
         self._index: dict[bytes, int] = {}
-        self._pending: set[int] = set()
+        self._pending: deque[set[int]] = deque([set()])  # of each step under way, the oldest first
         # Ordered dictionaries, because a block leaves the middle in O(1): by a hit, or as a sequence's next neighbour.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(total))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -111,7 +111,7 @@ class BlockPool:
             return
         block_hash = self._hash[block]
         indexed = block_hash is not None and self._index.get(block_hash) == block
-        if indexed and self._retain and block not in self._pending:
+        if indexed and self._retain and not self._is_pending(block):
             self._cached[block] = None
         else:
             self._forget(block)
@@ -124,26 +124,35 @@ class BlockPool:
         """
         self._hash[block] = block_hash
         self._index.setdefault(block_hash, block)
-        self._pending.add(block)
+        self._pending[-1].add(block)
+
+    def begin(self) -> None:
+        """Another step is scheduled while one is under way: what it seals is pending until its own commit."""
+        self._pending.append(set())
 
     def commit(self) -> None:
-        """The step succeeded: its sealed blocks are computed."""
-        self._pending.clear()
+        """The oldest step under way succeeded: its sealed blocks are computed."""
+        self._pending.popleft()
+        if not self._pending:
+            self._pending.append(set())
 
     def withdraw(self) -> None:
-        """The step failed: nobody may find its sealed blocks again. Their readers must be rewound by the caller."""
-        for block in self._pending:
-            self._forget(block, keep_pending=True)
-        self._pending.clear()
+        """A step failed: nobody may find again what any step under way sealed. The caller rewinds the readers."""
+        for block in set().union(*self._pending):
+            self._forget(block)
+        self._pending = deque([set()])
 
-    def _forget(self, block: int, keep_pending: bool = False) -> None:
+    def _is_pending(self, block: int) -> bool:
+        return any(block in step for step in self._pending)
+
+    def _forget(self, block: int) -> None:
         block_hash = self._hash[block]
         if block_hash is not None:
             if self._index.get(block_hash) == block:
                 del self._index[block_hash]
             self._hash[block] = None
-        if not keep_pending:
-            self._pending.discard(block)
+        for step in self._pending:
+            step.discard(block)
 
     def block_map(self) -> bytes:
         """FREE, CACHED, USED or SHARED for each block. O(total), for looking at."""
@@ -167,7 +176,7 @@ class BlockPool:
                 raise RuntimeError(f"block {block}: in {places} of free, cached, used; must be in exactly one")
             if block in self._free and self._hash[block] is not None:
                 raise RuntimeError(f"block {block}: free, but still hashed")
-            if block in self._pending and self._ref[block] == 0:
+            if self._is_pending(block) and self._ref[block] == 0:
                 raise RuntimeError(f"block {block}: pending, but nobody reads it")
         for block_hash, block in self._index.items():
             if self._hash[block] != block_hash:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from pagedllm_core.attention.base import ForwardBatch
+
+if TYPE_CHECKING:
+    from pagedllm_core.decode.device import DeviceSampler
 
 
 class Runner(Protocol):
@@ -44,6 +47,10 @@ class Runner(Protocol):
     @property
     def model_name(self) -> str:
         """Identity of the model, for the prefix cache."""
+
+    @property
+    def sampler(self) -> DeviceSampler | None:
+        """Chooses tokens on the device, so that steps overlap; None where the host is the device."""
 
     def run(self, batch: ForwardBatch) -> torch.Tensor:
         """One forward pass; float32 [len(batch.logits_rows), vocab_size]."""

@@ -7,7 +7,8 @@ import pytest
 from tests.traffic import simulate
 
 
-@pytest.mark.parametrize("seed", range(150))
-def test_random_traffic_ends_exactly(seed: int) -> None:
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("seed", range(100))
+def test_random_traffic_ends_exactly(seed: int, overlaps: bool) -> None:
     """`python -m tests.soak simulator` goes on from here."""
-    assert simulate(seed) > 0
+    assert simulate(seed, overlaps) > 0
