@@ -14,12 +14,22 @@ from pagedllm_core.native.library import DTYPES, Attention, Step
 MOST_DIM = MOST_BLOCK = 256  # as in decoder.cpp
 
 
-def describe_attention(kv: torch.Tensor, heads: int, spec: LayerSpec, sinks: torch.Tensor | None) -> Attention:
-    """What one layer attends over; `kv` is its cache [2, kv_heads, blocks, block_size, head_dim], contiguous halves."""
+def describe_attention(
+    kv: torch.Tensor, heads: int, spec: LayerSpec, sinks: torch.Tensor | None, in_order: bool = False
+) -> Attention:
+    """What one layer attends over.
+
+    Args:
+        kv: Its cache [2, kv_heads, blocks, block_size, head_dim], contiguous halves.
+        heads: Query heads.
+        spec: What the layer computes.
+        sinks: float32 [heads], or None.
+        in_order: Add up in one order, whether a token comes alone or in a chunk; slower for chunks.
+    """
     _, kv_heads, blocks, block_size, width = kv.shape
     return Attention(
         kv[0].data_ptr(), kv[1].data_ptr(), None if sinks is None else sinks.data_ptr(), heads, kv_heads, width,
-        blocks, block_size, kv.dtype == torch.bfloat16, spec.window or 0, spec.scale, spec.softcap or 0.0,
+        blocks, block_size, kv.dtype == torch.bfloat16, spec.window or 0, in_order, spec.scale, spec.softcap or 0.0,
     )  # fmt: skip
 
 

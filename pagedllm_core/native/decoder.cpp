@@ -32,7 +32,9 @@ constexpr int W = 8, MOST_ROWS = 6;
 #endif
 constexpr int NR = 2 * W;
 constexpr int GROUPS_TOGETHER = 8;  // groups of MOST_ROWS rows that pass over a weight while it is in the cache
-constexpr int MOST_QUERIES = 32;              // (row, head) pairs that pass over a block of keys together
+constexpr int MOST_QUERIES = 32;  // (row, head) pairs that pass over a slice of keys together
+constexpr int SLICE = 4 * W;      // keys of a slice of a chunk
+constexpr int TOGETHER = W == 16 ? 6 : 2;  // pairs whose sums stay in registers
 constexpr int MOST_DIM = 256;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
@@ -143,7 +145,8 @@ struct Attention {
     const float* sinks;  // [heads], or null
     int64_t heads, kv_heads, dim, blocks, block_size;
     int64_t is_bf16;
-    int64_t window;  // 0: all
+    int64_t window;    // 0: all
+    int64_t in_order;  // sums must not depend on what else is in the step
     float scale, softcap;  // softcap 0: none
 };
 
@@ -284,6 +287,16 @@ void tile(const Matrix& m, int64_t panel, int64_t inputs, const float* a, const 
         for (int p = 0; p < PANELS; p++) {
             int64_t first = (panel + p) * NR, count = std::min<int64_t>(NR, m.outputs - first);
             float* to = out.y + (row + r) * out.stride + first;
+            if (count == NR) {
+                for (int h = 0; h < 2; h++) {
+                    vf value = y[r][p][h];
+                    if constexpr (sizeof(T) == 1) value *= load(m.scales + first + h * W);
+                    if (m.bias) value += load(m.bias + first + h * W);
+                    if (out.add) value += load(to + h * W);
+                    store(to + h * W, value);
+                }
+                continue;
+            }
             const float* from = reinterpret_cast<const float*>(y[r][p]);
             for (int64_t i = 0; i < count; i++) {
                 float value = (sizeof(T) == 1 ? from[i] * m.scales[first + i] : from[i]) + (m.bias ? m.bias[first + i] : 0.0f);
@@ -348,22 +361,55 @@ RowScale quantize(const float* x, int64_t count, int64_t padded, int8_t* to) {
     return {scale, 128 * total};
 }
 
-// row(r) points to one of the group's rows.
+// Row i of the square becomes its column i: each pass shuffles the halves like cards.
+inline void transpose(vf (&x)[W]) {
+    for (int step = 1; step < W; step *= 2) {
+        vf y[W];
+        for (int i = 0; i < W / 2; i++) {
+            const vf a = x[i], b = x[i + W / 2];
+#ifdef __AVX512F__
+            y[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            y[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+            y[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+            y[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#endif
+        }
+        std::memcpy(x, y, sizeof(y));
+    }
+}
+
+// row(r) points to one of the group's rows, valid until the next call.
 template <class Row>
 void interleave(const Matrix& m, const Group& group, Row row, const Rows& packed) {
-    const int64_t floats = row_floats(m);
+    const int64_t floats = row_floats(m), stride = (floats + W - 1) / W * W;
     float* to = packed.data + group.first * floats;
-    thread_local std::vector<float> bytes;
-    if (m.type == 1) bytes.resize(floats);
+    thread_local std::vector<float> rows;
+    rows.resize(group.size * stride);
     for (int64_t r = 0; r < group.size; r++) {
         const float* x = row(group.first + r);
-        int64_t count = m.inputs;
-        if (m.type == 1) {
-            packed.scales[group.first + r] = quantize(x, count, 4 * floats, reinterpret_cast<int8_t*>(bytes.data()));
-            x = bytes.data(), count = floats;
+        float* y = rows.data() + r * stride;
+        if (m.type == 1)
+            packed.scales[group.first + r] = quantize(x, m.inputs, 4 * floats, reinterpret_cast<int8_t*>(y));
+        else
+            std::memcpy(y, x, m.inputs * sizeof(float));
+        std::fill(y + (m.type == 1 ? floats : m.inputs), y + stride, 0.0f);
+    }
+    if (group.size == 1) {
+        std::memcpy(to, rows.data(), floats * sizeof(float));
+        return;
+    }
+    for (int64_t k = 0; k < floats; k += W) {
+        vf square[W] = {};
+        for (int64_t r = 0; r < group.size; r++) square[r] = load(rows.data() + r * stride + k);
+        transpose(square);
+        for (int64_t i = 0; i < std::min<int64_t>(W, floats - k); i++) {
+            const int64_t at = (k + i) * group.size;
+            if (at + W <= floats * group.size)  // the next one is written over what is too much
+                store(to + at, square[i]);
+            else
+                std::memcpy(to + at, &square[i], group.size * sizeof(float));
         }
-        for (int64_t k = 0; k < count; k++) std::memcpy(to + k * group.size + r, x + k, sizeof(float));
-        for (int64_t k = count; k < floats; k++) to[k * group.size + r] = 0;
     }
 }
 
@@ -522,18 +568,125 @@ void attend(const Attention& at, const Step& step, const Task& task, int64_t kv_
     }
 }
 
+// y[p][i] (+)= sum over k of a[p][k] b[k][i], for P rows of a and four vectors of b.
+template <int P>
+inline void add_products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count, float* y,
+                         int64_t y_stride, const float* keep) {
+    vf acc[P][4];
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < 4; i++) acc[p][i] = keep ? load(y + p * y_stride + i * W) * keep[p] : vf{};
+    for (int64_t k = 0; k < count; k++, b += b_stride) {
+        const vf b0 = load(b), b1 = load(b + W), b2 = load(b + 2 * W), b3 = load(b + 3 * W);
+        for (int p = 0; p < P; p++) {
+            const vf factor = all(a[p * a_stride + k]);
+            acc[p][0] += factor * b0;
+            acc[p][1] += factor * b1;
+            acc[p][2] += factor * b2;
+            acc[p][3] += factor * b3;
+        }
+    }
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < 4; i++) store(y + p * y_stride + i * W, acc[p][i]);
+}
+
+template <int P = TOGETHER>
+void add_products(int64_t pairs, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count, float* y,
+                  int64_t y_stride, const float* keep) {
+    int64_t p = 0;
+    for (; p + P <= pairs; p += P)
+        add_products<P>(a + p * a_stride, a_stride, b, b_stride, count, y + p * y_stride, y_stride, keep ? keep + p : keep);
+    if constexpr (P > 1)
+        if (p < pairs)
+            add_products<P / 2>(pairs - p, a + p * a_stride, a_stride, b, b_stride, count, y + p * y_stride, y_stride,
+                                keep ? keep + p : keep);
+}
+
+// The same for a chunk of many pairs. A slice's keys are transposed once, so that scores need no sums across lanes, and
+// several pairs share what is read. It adds up in another order than `attend`, which a lone token takes.
+template <class T>
+void attend_chunk(const Attention& at, const Step& step, const Task& task, int64_t kv_head, int64_t head, int64_t heads,
+                  const float* q, int64_t q_row, int64_t q_head, float* out) {
+    const int64_t dim = at.dim, size = at.block_size, rows = task.end - task.first, pairs = rows * heads;
+    const int64_t stride = (dim + SLICE - 1) / SLICE * SLICE;
+    const int64_t position = step.context_lens[task.sequence] - (step.query_starts[task.sequence + 1] - task.first);
+    const int64_t lowest = at.window ? std::max<int64_t>(0, position - at.window + 1) : 0, end = position + rows;
+    const int32_t* table = step.block_tables + task.sequence * step.table_width;
+    alignas(64) float queries[MOST_QUERIES * MOST_DIM], acc[MOST_QUERIES * MOST_DIM], scores[MOST_QUERIES * SLICE];
+    alignas(64) float keys[SLICE * MOST_DIM], across[MOST_DIM * SLICE], values[SLICE * MOST_DIM];
+    float highest[MOST_QUERIES], total[MOST_QUERIES], keep[MOST_QUERIES];
+    vi lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+    std::memset(acc, 0, pairs * stride * sizeof(float));
+    std::memset(keys, 0, SLICE * stride * sizeof(float));
+    std::memset(values, 0, SLICE * stride * sizeof(float));
+    for (int64_t p = 0; p < pairs; p++) {
+        const float* query = q + (task.first + p / heads) * q_row + (head + p % heads) * q_head;
+        for (int64_t d = 0; d < dim; d++) queries[p * stride + d] = query[d] * at.scale;
+        highest[p] = -INFINITE, total[p] = 0;
+    }
+    for (int64_t first = lowest / SLICE * SLICE; first < end; first += SLICE) {
+        const int64_t from = std::max(first, lowest / size * size), last = std::min(first + SLICE, end);
+        for (int64_t j = from; j < last;) {  // block by block
+            const int64_t next = std::min(last, (j / size + 1) * size);
+            const int64_t slot = ((kv_head * at.blocks + table[j / size]) * size + j % size) * dim;
+            widen(static_cast<const T*>(at.keys) + slot, next - j, dim, stride, keys + (j - first) * stride);
+            widen(static_cast<const T*>(at.values) + slot, next - j, dim, stride, values + (j - first) * stride);
+            j = next;
+        }
+        for (int64_t j = 0; j < SLICE; j += W)
+            for (int64_t d = 0; d < dim; d += W) {
+                vf square[W];
+                for (int i = 0; i < W; i++) square[i] = load(keys + (j + i) * stride + d);
+                transpose(square);
+                for (int i = 0; i < W; i++) store(across + (d + i) * SLICE + j, square[i]);
+            }
+        add_products(pairs, queries, stride, across, SLICE, dim, scores, SLICE, nullptr);
+        for (int64_t p = 0; p < pairs; p++) {
+            const int64_t here = position + p / heads;  // sees this position and `window` - 1 before it
+            const int low = at.window ? std::max<int64_t>(0, here - at.window + 1 - first) : 0;
+            const int high = std::min(last, here + 1) - first;
+            vf score[4], most = all(-INFINITE), sum_of = {};
+            for (int i = 0; i < 4; i++) {
+                score[i] = load(scores + p * SLICE + i * W);
+                if (at.softcap != 0)
+                    for (int j = 0; j < W; j++) score[i][j] = at.softcap * std::tanh(score[i][j] / at.softcap);
+                score[i] = ((lane + i * W < low) | (lane + i * W >= high)) ? all(-INFINITE) : score[i];
+                most = most > score[i] ? most : score[i];
+            }
+            const float before = highest[p], top = std::max(before, largest(most));
+            keep[p] = before == -INFINITE ? 0 : exponential(all(before - top))[0];
+            for (int i = 0; i < 4; i++) {
+                const vf weight = score[i] == -INFINITE ? vf{} : exponential(score[i] - (top == -INFINITE ? 0 : top));
+                sum_of += weight;
+                store(scores + p * SLICE + i * W, weight);
+            }
+            highest[p] = top;
+            total[p] = total[p] * keep[p] + sum(sum_of);
+        }
+        for (int64_t d = 0; d < dim; d += SLICE)
+            add_products(pairs, scores, SLICE, values + d, stride, last - first, acc + d, stride, keep);
+    }
+    for (int64_t p = 0; p < pairs; p++) {
+        float sinks = at.sinks ? at.sinks[head + p % heads] : -INFINITE;
+        float most = std::max(highest[p], sinks), factor = std::exp(highest[p] - most);
+        factor /= total[p] * factor + std::exp(sinks - most);
+        float* to = out + ((task.first + p / heads) * at.heads + head + p % heads) * dim;
+        for (int64_t d = 0; d < dim; d++) to[d] = acc[p * stride + d] * factor;
+    }
+}
+
 // All attention of one layer: out is [tokens][heads][dim].
 void attend_all(Team::Turn& turn, const Attention& at, const Step& step, const std::vector<Task>& tasks, const float* q,
                 int64_t q_row, int64_t q_head, float* out) {
     const int64_t group = at.heads / at.kv_heads, together = std::min<int64_t>(group, MOST_QUERIES);
     turn.each(tasks.size() * at.kv_heads, [&](int64_t i) {
         const int64_t kv_head = i % at.kv_heads;
+        const Task& task = tasks[i / at.kv_heads];
         for (int64_t h = 0; h < group; h += together) {
             const int64_t heads = std::min(together, group - h);
-            if (at.is_bf16)
-                attend<bf16>(at, step, tasks[i / at.kv_heads], kv_head, kv_head * group + h, heads, q, q_row, q_head, out);
-            else
-                attend<float>(at, step, tasks[i / at.kv_heads], kv_head, kv_head * group + h, heads, q, q_row, q_head, out);
+            const bool chunk = !at.in_order && (task.end - task.first) * heads >= 2 * TOGETHER;
+            auto* attend_one = at.is_bf16 ? chunk ? attend_chunk<bf16> : attend<bf16> : chunk ? attend_chunk<float> : attend<float>;
+            attend_one(at, step, task, kv_head, kv_head * group + h, heads, q, q_row, q_head, out);
         }
     });
 }

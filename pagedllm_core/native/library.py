@@ -38,7 +38,7 @@ class Attention(Structure):
     _fields_ = [
         ("keys", c_void_p), ("values", c_void_p), ("sinks", c_void_p), ("heads", c_int64), ("kv_heads", c_int64),
         ("dim", c_int64), ("blocks", c_int64), ("block_size", c_int64), ("is_bf16", c_int64), ("window", c_int64),
-        ("scale", c_float), ("softcap", c_float),
+        ("in_order", c_int64), ("scale", c_float), ("softcap", c_float),
     ]  # fmt: skip
 
 
