@@ -73,7 +73,9 @@ class EngineConfig(ValidatedModel):
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one KV block.")
     kv_cache_memory: int | None = Field(None, description='Bytes of the KV pool, or e.g. "2GiB"; wins over the next.')
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of GPU memory the engine may use.")
-    kv_cache_dtype: str = Field("auto", description="Type of the KV cache; only auto (the model's) for now.")
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description='Type of the KV cache: "auto": the model\'s; "fp8": 8 bits, on Ada or Hopper GPUs.'
+    )
     swap_space: float | None = Field(
         None, ge=0, description="GiB of host memory for preempted requests; by default 4 beside a GPU, else 0."
     )
@@ -113,7 +115,6 @@ class EngineConfig(ValidatedModel):
     def _features_exist(self) -> EngineConfig:
         missing = {
             "load_format": self.load_format == "gguf",
-            "kv_cache_dtype": self.kv_cache_dtype != "auto",
             "tensor_parallel_size": self.tensor_parallel_size != 1,
         }
         for name, is_missing in missing.items():

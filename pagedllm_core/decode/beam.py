@@ -19,6 +19,8 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 
+from pagedllm_core.kernels import has_triton
+
 Hypothesis = TypeVar("Hypothesis")
 
 
@@ -130,6 +132,8 @@ class BeamState(Generic[Hypothesis]):
 def best_candidates(logprobs: torch.Tensor, state: BeamState[Hypothesis]) -> list[Candidate]:
     """The best continuations over all running beams, best first.
 
+    Equal scores come in no particular order on a CPU (`torch.topk`), by beam and token on CUDA.
+
     Args:
         logprobs: float32 [beams, vocabulary], processed, not renormalised.
         state: The search.
@@ -137,12 +141,28 @@ def best_candidates(logprobs: torch.Tensor, state: BeamState[Hypothesis]) -> lis
     Returns:
         At most `rule.num_candidates`; impossible ones (-inf) are left out.
     """
-    scores = logprobs + torch.tensor(state.scores, dtype=logprobs.dtype, device=logprobs.device)[:, None]
-    flat = scores.flatten()
-    best = flat.topk(min(state.rule.num_candidates, flat.numel()))
+    values, places = _best(logprobs, state.scores, min(state.rule.num_candidates, logprobs.numel()))
     width = logprobs.shape[-1]
     return [
-        Candidate(index // width, index % width, score)
-        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        Candidate(place // width, place % width, score)
+        for score, place in zip(values.tolist(), places.tolist(), strict=True)
         if score > -torch.inf
     ]
+
+
+def _best(logprobs: torch.Tensor, scores: list[float], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best sums of a beam's score and a log-probability, and their places in the flattened scores."""
+    running = torch.tensor(scores, dtype=logprobs.dtype, device=logprobs.device)
+    if _runs_kernels(logprobs):
+        from pagedllm_core.kernels import beams
+
+        if count <= beams.MAX_COUNT:
+            starts = torch.tensor([0, len(logprobs)], dtype=torch.int32, device=logprobs.device)
+            values, places = beams.select_best(logprobs, count, starts, len(logprobs), add=running)
+            return values[0], places[0]
+    best = (logprobs + running[:, None]).flatten().topk(count)
+    return best.values, best.indices
+
+
+def _runs_kernels(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and has_triton()

@@ -5,6 +5,9 @@
 
 Head-major, because attention reads one head's keys at a time and a block of one head is then contiguous. One
 allocation, because a block can then be copied in all layers by one operation.
+
+Where keys and values are rounded to eight bits, a pool is one of bytes, wider by one scale for each token and head, and
+whoever reads it knows where in a block the scales lie (kernels/cache.py). Copies move them with their block.
 """
 
 from __future__ import annotations
@@ -16,18 +19,35 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pagedllm_core.errors import CapacityError
+from pagedllm_core.kernels import has_triton
+
+SCALE_BYTES = 4
+"""Bytes of the float32 scale of one token's key, or value, in one head of an fp8 cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """What one layer stores for each token: a key and a value of `head_dim` for each of `kv_heads` heads."""
+    """What one layer stores for each token: a key and a value of `head_dim` for each of `kv_heads` heads.
+
+    With `dtype=torch.float8_e4m3fn` each has a scale, too, and the pool's type is uint8.
+    """
 
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
 
+    @property
+    def stored(self) -> tuple[torch.dtype, int]:
+        """Type of the pool, and its elements for one token's key (or value) in one head."""
+        if self.dtype == torch.float8_e4m3fn:
+            return torch.uint8, self.head_dim + SCALE_BYTES
+        return self.dtype, self.head_dim
+
     def slot_bytes(self) -> int:
         """Bytes that one token's key and value take in this layer."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+        dtype, width = self.stored
+        return 2 * self.kv_heads * width * dtype.itemsize
 
 
 def block_bytes(layers: Sequence[LayerGeometry], block_size: int) -> int:
@@ -49,11 +69,25 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     return raw[start : start + size].view(dtype).view(tuple(shape))
 
 
-def host_zeros(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
-    """A zeroed tensor in host memory; pinned memory is taken at once, and copied faster to and from a GPU."""
-    if pinned:
-        return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
-    return lazy_zeros(shape, dtype, torch.device("cpu"))
+def pin(memory: torch.Tensor) -> None:
+    """Lock host memory, so that a GPU reads and writes it directly; to be undone with `unpin`.
+
+    torch's own pinned memory is rounded up to a power of two and kept by the process when a tensor is gone.
+
+    Raises:
+        CapacityError: The system does not lock that much.
+    """
+    status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if status:
+        raise CapacityError(
+            f"swap_space: {memory.nbytes / 2**30:.1f} GiB of host memory cannot be locked for the GPU (CUDA error "
+            f"{status}); give less, or 0 to recompute what is preempted"
+        )
+
+
+def unpin(memory: torch.Tensor) -> None:
+    """Give locked memory back to the system."""
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))
 
 
 class KVStorage:
@@ -77,22 +111,26 @@ class KVStorage:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._is_pinned = device.type == "cuda"
         self._pools: list[torch.Tensor] = []
         self._host: list[torch.Tensor] = []
         self._layers: list[torch.Tensor] = [torch.empty(0)] * len(layers)
         for geometry in dict.fromkeys(layers):
             members = [number for number, layer in enumerate(layers) if layer == geometry]
-            shape = (2, len(members), geometry.kv_heads, num_blocks, block_size, geometry.head_dim)
-            pool = lazy_zeros(shape, geometry.dtype, device)
+            dtype, width = geometry.stored
+            shape = (2, len(members), geometry.kv_heads, num_blocks, block_size, width)
+            pool = lazy_zeros(shape, dtype, device)
             self._pools.append(pool)
             if num_host_blocks:
-                shape = (2, len(members), geometry.kv_heads, num_host_blocks, block_size, geometry.head_dim)
-                self._host.append(host_zeros(shape, geometry.dtype, pinned=device.type == "cuda"))
+                shape = (2, len(members), geometry.kv_heads, num_host_blocks, block_size, width)
+                self._host.append(lazy_zeros(shape, dtype, torch.device("cpu")))
+                if self._is_pinned:
+                    pin(self._host[-1])
             for place, number in enumerate(members):
                 self._layers[number] = pool[:, place]
 
     def layer(self, number: int) -> torch.Tensor:
-        """One layer's cache, [2, kv_heads, blocks, block_size, head_dim]."""
+        """One layer's cache, [2, kv_heads, blocks, block_size, head_dim]; of fp8, bytes with head_dim + 4."""
         return self._layers[number]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -102,22 +140,25 @@ class KVStorage:
         """
         if not copies:
             return
-        pairs = torch.tensor(copies, dtype=torch.int64)
+        disjoint = not {source for source, _ in copies} & {destination for _, destination in copies}
         for pool in self._pools:
-            sources, destinations = pairs.to(pool.device).unbind(1)
-            pool.index_copy_(3, destinations, pool.index_select(3, sources))
+            if disjoint:
+                _copy(pool, pool, copies)
+            else:  # a kernel's programs could read what others have written
+                _copy_by_torch(pool, pool, copies)
 
     def swap_out(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks to host memory, (device, host) each, keys and values of all layers."""
-        sources, destinations = torch.tensor(moves, dtype=torch.int64).unbind(1)
+        """Copy whole blocks to host memory, (device, host) each, keys and values of all layers.
+
+        On a CUDA device the copy is queued on the current stream.
+        """
         for pool, host in zip(self._pools, self._host, strict=True):
-            host.index_copy_(3, destinations, pool.index_select(3, sources.to(pool.device)).to(host.device))
+            _copy(pool, host, moves)
 
     def swap_in(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks back from host memory, (host, device) each."""
-        sources, destinations = torch.tensor(moves, dtype=torch.int64).unbind(1)
+        """Copy whole blocks back from host memory, (host, device) each; queued like `swap_out`."""
         for pool, host in zip(self._pools, self._host, strict=True):
-            pool.index_copy_(3, destinations.to(pool.device), host.index_select(3, sources).to(pool.device))
+            _copy(host, pool, moves)
 
     @property
     def nbytes(self) -> int:
@@ -126,9 +167,30 @@ class KVStorage:
 
     def free(self) -> None:
         """Drop the tensors. The storage cannot be used afterwards."""
+        for host in self._host if self._is_pinned else ():
+            torch.cuda.synchronize(self._pools[0].device)  # nothing may be under way
+            unpin(host)
         self._pools.clear()
         self._host.clear()
         self._layers.clear()
+
+
+def _copy(source: torch.Tensor, destination: torch.Tensor, copies: Sequence[tuple[int, int]]) -> None:
+    """Copy blocks between pools (or in one), (source, destination) each; no block may be both read and written."""
+    device = source.device if source.is_cuda else destination.device
+    if device.type != "cuda" or not has_triton():
+        return _copy_by_torch(source, destination, copies)
+    from pagedllm_core.kernels.blocks import copy_blocks
+
+    pairs = torch.tensor(copies, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    copy_blocks(source, destination, pairs)
+
+
+def _copy_by_torch(source: torch.Tensor, destination: torch.Tensor, copies: Sequence[tuple[int, int]]) -> None:
+    """All sources are read before any destination is written."""
+    sources, destinations = torch.tensor(copies, dtype=torch.int64).unbind(1)
+    taken = source.index_select(3, sources.to(source.device)).to(destination.device)
+    destination.index_copy_(3, destinations.to(destination.device), taken)
 
 
 def write_slots(kv: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:

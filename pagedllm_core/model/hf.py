@@ -128,21 +128,21 @@ class RaggedModel:
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def logits(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, context: AttentionContext
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None, context: AttentionContext
     ) -> torch.Tensor:
         """One forward pass.
 
         Args:
             token_ids: int64 [T].
             positions: int64 [T].
-            rows: int64 [L], the rows whose logits are wanted.
+            rows: int64 [L], the rows whose logits are wanted; None for all.
             context: Receives the attention calls.
 
         Returns:
             float32 [L, vocab].
         """
-        arguments: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_rows else {}
+        arguments: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_rows and rows is not None else {}
         with running(context):
             output = self.model(input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **arguments)
         logits: torch.Tensor = output.logits[0]
-        return (logits if self._keeps_rows else logits.index_select(0, rows)).float()
+        return (logits if self._keeps_rows or rows is None else logits.index_select(0, rows)).float()

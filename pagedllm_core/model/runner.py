@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from pagedllm_core.attention.base import AttentionBackend, ForwardBatch
+from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.attention.native import NativeAttention
 from pagedllm_core.attention.torch_paged import TorchPagedAttention
 from pagedllm_core.config import EngineConfig
-from pagedllm_core.errors import CapacityError, InvalidRequestError, UnsupportedModelError
-from pagedllm_core.kv.storage import KVStorage, block_bytes
+from pagedllm_core.decode.device import DeviceSampler
+from pagedllm_core.errors import InvalidRequestError, UnsupportedModelError
+from pagedllm_core.kv.storage import KVStorage, LayerGeometry, block_bytes
 from pagedllm_core.model.determinism import shapes_that_differ
-from pagedllm_core.model.fuse import fuse
-from pagedllm_core.model.hf import Layer, PagedContext, RaggedModel
+from pagedllm_core.model.fuse import FusedDecoder, fuse
 from pagedllm_core.model.loader import LoadedModel, load_model
-from pagedllm_core.model.memory import available_memory, give_back_memory
+from pagedllm_core.model.memory import give_back_memory
 from pagedllm_core.model.probe import ProbedLayer, probe_layers
+from pagedllm_core.model.sizing import graph_memory, host_blocks, largest_step, pool_blocks
+from pagedllm_core.model.steps import GpuCode, GpuSteps, MakeBackend, Steps, TorchSteps, gpu_code
 from pagedllm_core.native.library import load, tier
+
+if TYPE_CHECKING:
+    from pagedllm_core.model.gpu import GpuDecoder
 
 logger = logging.getLogger("pagedllm.model")
 
-_DEFAULT_POOL = 4 << 30
-_DEFAULT_SHARE = 0.4
-_DEFAULT_SWAP = 4 << 30
 _WORTH_A_THREAD = 256 << 20  # bytes of weights
+_MOST_REPLAYED = 512  # sequences; a larger step takes the GPU longer than its launches take
 _ONLY_FUSED = (
     "{field}={value!r}: {model!r} runs on torch here; use a model that the native code runs whole (Llama, Mistral, "
     "Qwen2, Qwen3, Phi-3) on a CPU with AVX2, with float32 or bfloat16, or leave {field} out"
@@ -42,6 +46,7 @@ class ModelRunner:
 
     Args:
         config: What to load, and how large the pool is.
+        gpu: What runs steps on a GPU; by default `gpu_code` of the device.
 
     Attributes:
         vocab_size: Width of the logits.
@@ -55,6 +60,8 @@ class ModelRunner:
         device: Where model and pool lie.
         dtype: Type of the weights.
         model_name: What the user called the model.
+        sampler: Chooses tokens on the device; None where the host is the device.
+        is_fused: True where steps run in a form of their own instead of transformers' code.
 
     Raises:
         ModelLoadError: The model's files cannot be loaded.
@@ -63,25 +70,11 @@ class ModelRunner:
         InvalidRequestError: A configuration field does not fit the model or the machine.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, gpu: GpuCode | None = None) -> None:
         self._num_threads = config.num_threads
+        self.sampler: DeviceSampler | None = None
         with self._threads():
             loaded = load_model(config)
-        library = load(tier()) if loaded.device.type == "cpu" else None
-        attention = TorchPagedAttention if library is None else partial(NativeAttention, library=library)
-        # A model is tried on a few tokens: hundreds of small operations, which wait for threads longer than they work.
-        size = sum(parameter.nbytes for parameter in loaded.model.parameters())
-        with self._threads(most=1 + size // _WORTH_A_THREAD):
-            probe = partial(probe_layers, loaded.model, loaded.hf_config, attention)
-            int8 = config.quantization == "int8"
-            self._fused = None
-            if library is not None:
-                layers = probe(prove=False)  # the fused form is compared with the model's own logits, too
-                self._fused = fuse(loaded.model, loaded.hf_config, layers, library, int8)
-            if self._fused is None:
-                layers = probe()
-        if int8 and self._fused is None:
-            raise UnsupportedModelError(_ONLY_FUSED.format(field="quantization", value="int8", model=loaded.name))
         self.max_model_len = loaded.max_model_len
         self.block_size = config.block_size
         self.eos_token_ids = loaded.eos_token_ids
@@ -91,30 +84,73 @@ class ModelRunner:
         self.dtype = loaded.dtype
         self.model_name = loaded.name
         self.vocab_size = _logits_width(loaded)
-        self._model = RaggedModel(torch.nn.Identity() if self._fused else loaded.model)
-        self._backend: AttentionBackend = attention(self.device, self.block_size)
-        geometry = [layer.geometry for layer in layers]
-        self.num_blocks = self._pool_size(config, layers)
-        self.num_host_blocks = self._host_blocks(config, block_bytes(geometry, self.block_size))
-        self._storage = KVStorage(geometry, self.num_blocks, self.block_size, self.device, self.num_host_blocks)
-        if self._fused is not None:
-            self._fused.bind(self._storage)
+        gpu = gpu or gpu_code(self.device)
+        library = load(tier()) if self.device.type == "cpu" and gpu is None else None
+        with self._on_device():
+            self._steps, layers = self._make_steps(loaded, config, library, gpu)
+            del loaded  # a fused form has the weights that it needs
+            self._geometry = [_stored(layer.geometry, config, gpu) for layer in layers]
+            if gpu is not None and isinstance(self._steps, GpuSteps):
+                self._use_gpu(self._steps, gpu, config)
+            size = block_bytes(self._geometry, self.block_size)
+            profile = partial(self._profile, config)
+            self.num_blocks = pool_blocks(config, size, self.max_model_len, self.device, profile)
+            self.num_host_blocks = host_blocks(config, size, self.device)
+            self._storage = self._make_storage(self.num_blocks, self.num_host_blocks)
+            self._steps.bind(self._storage)
         if config.deterministic:
             self._check_determinism()
-        self._layers = {} if self._fused else self._serve(layers, self._storage)
         give_back_memory()
         logger.info(
             "%s on %s in %s: %d blocks of %d tokens (%.1f MiB); %s",
             self.model_name, self.device, self.dtype, self.num_blocks, self.block_size, self._storage.nbytes / 2**20,
-            self._describe_code(library is not None),
+            self._describe_code(library is not None, gpu is not None),
         )  # fmt: skip
 
-    @property
-    def is_fused(self) -> bool:
-        """True where native code runs whole steps."""
-        return self._fused is not None
+    def _make_steps(
+        self, loaded: LoadedModel, config: EngineConfig, library: ctypes.CDLL | None, gpu: GpuCode | None
+    ) -> tuple[Steps, list[ProbedLayer]]:
+        """What computes the steps, and the model's attention layers."""
+        attention: MakeBackend = TorchPagedAttention
+        if library is not None:
+            attention = partial(NativeAttention, library=library)
+        elif gpu is not None:
+            attention = gpu.attention
+        model, hf_config, int8 = loaded.model, loaded.hf_config, config.quantization == "int8"
+        # A model is tried on a few tokens: hundreds of small operations, which wait for threads longer than they work.
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        with self._threads(most=1 + size // _WORTH_A_THREAD):
+            probe = partial(probe_layers, model, hf_config, attention)
+            fused: FusedDecoder | GpuDecoder | None = None
+            if library is not None or gpu is not None:
+                layers = probe(prove=False)  # the fused form is compared with the model's own logits, too
+            if library is not None:
+                fused = fuse(model, hf_config, layers, library, int8, config.deterministic)
+            elif gpu is not None:
+                from pagedllm_core.model.gpu import fuse_on_gpu
 
-    @torch.inference_mode()
+                fused = fuse_on_gpu(model, hf_config, layers, gpu.attention, self.max_model_len)
+            if fused is None:
+                layers = probe()
+        self.is_fused = fused is not None
+        if int8 and not isinstance(fused, FusedDecoder):
+            raise UnsupportedModelError(_ONLY_FUSED.format(field="quantization", value="int8", model=self.model_name))
+        if isinstance(fused, FusedDecoder):
+            return fused, layers
+        forward = fused or TorchSteps(model, layers, attention, self.device)
+        return (forward if gpu is None else GpuSteps(forward, self.device)), layers
+
+    def _use_gpu(self, steps: GpuSteps, gpu: GpuCode, config: EngineConfig) -> None:
+        """Sampling and graphs take their memory before the pool gets the rest."""
+        if self.device.type == "cuda":
+            self.sampler = DeviceSampler(self.device, self.vocab_size, config.max_num_seqs)
+            self.sampler.warm_up()
+        limit = graph_memory(config, self.device)
+        if limit:
+            blocks = -(-self.max_model_len // self.block_size)
+            sequences = min(config.max_num_seqs, _MOST_REPLAYED)
+            steps.use_graphs(gpu.recorder(self.device), sequences, blocks, self.vocab_size, limit)
+
     def run(self, batch: ForwardBatch) -> torch.Tensor:
         """Compute a step: keys and values go into their slots, logits come back.
 
@@ -125,35 +161,62 @@ class ModelRunner:
             batch: The step.
 
         Returns:
-            float32 [L, vocab], one row for each of `batch.logits_rows`, on the device. Inference tensors.
+            float32 [L, vocab], one row for each of `batch.logits_rows`, on the device; on a GPU valid until the next
+            step. Inference tensors.
+
+        Raises:
+            MemoryError: The step does not fit into the device's memory. What torch kept for later was given back.
         """
-        with self._threads():
-            if self._fused is not None:
-                return self._fused.logits(batch)
-            return self._forward(batch, self._layers)
+        with self._threads(), self._on_device():
+            try:
+                return self._steps.logits(batch)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+            # Outside of `except`: the traceback held the step's activations.
+            if isinstance(self._steps, GpuSteps):
+                self._steps.drop_graphs()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise MemoryError(
+            f"a step of {len(batch.token_ids)} tokens of {len(batch.context_lens)} sequences does not fit on "
+            f"{self.device}; lower gpu_memory_utilization ({reason})"
+        )
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, (source, destination) each, in all layers at once; before the step that writes to them."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._on_device():
             self._storage.copy_blocks(copies)
 
     def swap_out(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks to host memory, (device, host) each, before anything is written in a step."""
-        with torch.inference_mode():
+        """Copy blocks to host memory, (device, host) each, before anything is written in a step; waits for the copy."""
+        with torch.inference_mode(), self._on_device():
             self._storage.swap_out(moves)
+            self._wait()
 
     def swap_in(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks back from host memory, (host, device) each."""
-        with torch.inference_mode():
+        """Copy blocks back from host memory, (host, device) each; waits for the copy."""
+        with torch.inference_mode(), self._on_device():
             self._storage.swap_in(moves)
+            self._wait()
+
+    def _wait(self) -> None:
+        """For the device, so that whoever measures a copy measures all of it."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
-        """Free the model and the pool. The runner cannot be used afterwards."""
-        self._layers, self._fused = {}, None
-        self._storage.free()
-        self._model = RaggedModel(torch.nn.Identity())
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Free the model, the pool and all else on the device. The runner cannot be used afterwards."""
+        with self._on_device():
+            if isinstance(self._steps, GpuSteps):
+                self._steps.close()
+            self._steps = TorchSteps(torch.nn.Identity(), [], TorchPagedAttention, self.device)
+            self.sampler = None
+            self._storage.free()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                with suppress(AttributeError):  # cuBLAS's workspaces, and pinned memory that torch keeps for later
+                    torch._C._cuda_clearCublasWorkspaces()
+                    torch._C._host_emptyCache()
 
     def _check_determinism(self) -> None:
         """Only the native code keeps the order of its sums; what it promises is tried on some shapes.
@@ -161,18 +224,22 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: This model on this machine is not deterministic.
         """
-        if self._fused is None:
+        if not isinstance(self._steps, FusedDecoder):
             raise UnsupportedModelError(_ONLY_FUSED.format(field="deterministic", value=True, model=self.model_name))
         with self._threads():
-            different = shapes_that_differ(self._fused.logits, self.vocab_size, self.num_blocks, self.block_size)
+            different = shapes_that_differ(self._steps.logits, self.vocab_size, self.num_blocks, self.block_size)
         if different:
             raise UnsupportedModelError(
                 f"deterministic=True: {self.model_name!r} gave other bits on this machine for {', '.join(different)}; "
                 "leave deterministic out"
             )
 
-    def _describe_code(self, native: bool) -> str:
+    def _describe_code(self, native: bool, triton: bool) -> str:
         """Which code runs the steps, and why."""
+        part = "the whole step" if self.is_fused else "attention only"
+        if triton:
+            graphs = isinstance(self._steps, GpuSteps) and self._steps.graphs is not None
+            return f"Triton kernels, {part}, {'with' if graphs else 'without'} CUDA graphs"
         if self.device.type != "cpu":
             return "torch"
         if not native:
@@ -180,16 +247,7 @@ class ModelRunner:
                 f"torch, as no native code is compiled for this processor ({tier() or 'unknown to it'}); "
                 "python -m pagedllm_core.native.build compiles it"
             )
-        return f"native code ({tier()}), {'the whole step' if self._fused else 'attention only'}"
-
-    def _forward(self, batch: ForwardBatch, layers: dict[torch.nn.Module, Layer]) -> torch.Tensor:
-        context = PagedContext(self._backend, layers, self._backend.prepare(batch))
-        return self._model.logits(
-            torch.from_numpy(batch.token_ids).to(self.device, non_blocking=True),
-            torch.from_numpy(batch.positions).to(self.device, non_blocking=True),
-            torch.from_numpy(batch.logits_rows).to(self.device, non_blocking=True),
-            context,
-        )
+        return f"native code ({tier()}), {part}"
 
     @contextmanager
     def _threads(self, most: int | None = None) -> Iterator[None]:
@@ -205,74 +263,35 @@ class ModelRunner:
         finally:
             torch.set_num_threads(before)
 
-    def _serve(self, layers: list[ProbedLayer], storage: KVStorage) -> dict[torch.nn.Module, Layer]:
-        return {layer.module: Layer(layer.spec, storage.layer(layer.spec.kv_group)) for layer in layers}
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Kernels are launched on the thread's current device, which may be another GPU."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _pool_size(self, config: EngineConfig, layers: list[ProbedLayer]) -> int:
-        """Blocks that the pool holds."""
-        size = block_bytes([layer.geometry for layer in layers], self.block_size)
-        if config.kv_cache_memory is not None:
-            if config.kv_cache_memory < size:
-                raise CapacityError(
-                    f"kv_cache_memory={config.kv_cache_memory}: one block of {self.block_size} tokens takes {size} "
-                    "bytes in this model; give at least that, or leave kv_cache_memory out"
-                )
-            return config.kv_cache_memory // size
-        usable = config.max_num_seqs * -(-self.max_model_len // self.block_size)
-        if self.device.type == "cuda":
-            memory = self._free_cuda_memory(config, layers)
-        else:
-            memory = min(_DEFAULT_POOL, int(_DEFAULT_SHARE * available_memory()))
-        if memory < size:
-            raise CapacityError(
-                f"kv_cache_memory: {memory} bytes are left on {self.device}, and one block of {self.block_size} tokens "
-                f"takes {size}; free memory, set kv_cache_memory, or choose a smaller model or block_size"
-            )
-        return min(memory // size, usable)
+    def _make_storage(self, blocks: int, host: int = 0) -> KVStorage:
+        return KVStorage(self._geometry, blocks, self.block_size, self.device, host)
 
-    def _host_blocks(self, config: EngineConfig, size: int) -> int:
-        """Blocks of host memory that `swap_space` allows; by default 4 GiB beside a GPU, and none elsewhere."""
-        available = available_memory()
-        if config.swap_space is None:
-            return min(_DEFAULT_SWAP, available // 4) // size if self.device.type == "cuda" else 0
-        wanted = int(config.swap_space * 2**30)
-        if wanted > available:
-            raise InvalidRequestError(
-                f"swap_space={config.swap_space}: only {available / 2**30:.1f} GiB of host memory are available; "
-                "give less, or 0 to recompute what is preempted"
-            )
-        return wanted // size
+    def _profile(self, config: EngineConfig) -> None:
+        """Run the largest step once, over a small pool that is gone afterwards."""
+        batch = largest_step(config, self.max_model_len)
+        self._steps.bind(self._make_storage(batch.block_tables.shape[1]))
+        self._steps.logits(batch)
+        self._steps.bind(self._make_storage(1))
 
-    def _free_cuda_memory(self, config: EngineConfig, layers: list[ProbedLayer]) -> int:
-        """Bytes that `gpu_memory_utilization` leaves after the weights and the largest forward pass."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self._profile(config, layers)
-        activations = torch.cuda.max_memory_allocated(self.device) - before
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.device)
-        return int(free - (1 - config.gpu_memory_utilization) * total - activations)
 
-    @torch.inference_mode()
-    def _profile(self, config: EngineConfig, layers: list[ProbedLayer]) -> None:
-        """Run the largest step once, over a small pool."""
-        tokens = min(config.max_num_batched_tokens, self.max_model_len)
-        blocks = -(-tokens // self.block_size)
-        storage = KVStorage([layer.geometry for layer in layers], blocks, self.block_size, self.device)
-        rows = min(config.max_num_seqs, tokens)
-        self._forward(
-            ForwardBatch(
-                token_ids=np.zeros(tokens, dtype=np.int64),
-                positions=np.arange(tokens, dtype=np.int64),
-                slot_mapping=np.arange(tokens, dtype=np.int64),
-                query_starts=np.array([0, tokens], dtype=np.int32),
-                context_lens=np.array([tokens], dtype=np.int32),
-                block_tables=np.arange(blocks, dtype=np.int32)[None],
-                logits_rows=np.arange(tokens - rows, tokens, dtype=np.int64),
-            ),
-            self._serve(layers, storage),
+def _stored(geometry: LayerGeometry, config: EngineConfig, gpu: GpuCode | None) -> LayerGeometry:
+    """What a layer's cache holds: the model's own type, or eight bits.
+
+    Raises:
+        InvalidRequestError: Eight bits are asked for where the kernels do not run.
+    """
+    if config.kv_cache_dtype != "fp8":
+        return geometry
+    if gpu is None or (torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)):
+        raise InvalidRequestError(
+            f"kv_cache_dtype={config.kv_cache_dtype!r}: needs a GPU with 8-bit floats (Ada, Hopper or newer) and "
+            "Triton; leave kv_cache_dtype out"
         )
+    return replace(geometry, dtype=torch.float8_e4m3fn)
 
 
 def _logits_width(loaded: LoadedModel) -> int:

@@ -87,7 +87,7 @@ def try_family(family: str, folder: Path) -> str:
     alone = [paged_tokens(runner, [p], 20)[0] for p in prompts]
     mixed = paged_tokens(runner, prompts, 20)
     chunks = paged_tokens(runner, prompts, 20, chunk=3)
-    windows = [layer.spec.window for layer in runner._layers.values()]
+    windows = [layer.spec.window for layer in getattr(runner._steps, "_probed", [])]  # of a fused form: none
     if alone == expected and mixed == expected and chunks == expected:
         distinct = len({t for row in expected for t in row})
         return f"exact (windows {windows}, {distinct} distinct tokens)"

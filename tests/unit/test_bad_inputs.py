@@ -130,7 +130,7 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("quantization", {"model": "m", "quantization": "int4"}),
     ("load_format", {"model": "m", "load_format": "gguf"}),
     ("load_format", {"model": "m", "load_format": "pickle"}),
-    ("kv_cache_dtype", {"model": "m", "kv_cache_dtype": "fp8"}),
+    ("kv_cache_dtype", {"model": "m", "kv_cache_dtype": "int4"}),
     ("scheduling_policy", {"model": "m", "scheduling_policy": "random"}),
     ("tensor_parallel_size", {"model": "m", "tensor_parallel_size": 2}),
     ("no_such_field", {"model": "m", "no_such_field": 1}),

@@ -57,6 +57,8 @@ def test_every_requirement_of_the_environment_is_pinned():
         for requirement in [*project["dependencies"], *extras.get("test", ()), *extras.get("lint", ())]:
             name = re.split(r"[^A-Za-z0-9-]", requirement)[0].lower()
             assert name in pins or name in PROJECTS, requirement
+    for line in (ROOT / "examples/clinic_assistant/requirements.txt").read_text().splitlines():
+        assert line.startswith("#") or re.split(r"[^A-Za-z0-9-]", line)[0].lower() in pins, line
     assert "torch==2.13.0\n" in (ROOT / "constraints.txt").read_text()
 
 
