@@ -91,6 +91,7 @@ class System:
         folder: The model.
         options: For the script.
         threads: Threads it may compute with.
+        errors: Where its stderr goes.
 
     Attributes:
         name: What it calls itself.
@@ -98,14 +99,16 @@ class System:
         results: The answers of a workload's repeats.
     """
 
-    def __init__(self, script: str, python: str, folder: str, options: list[str], threads: int) -> None:
+    def __init__(
+        self, script: str, python: str, folder: str, options: list[str], threads: int, errors: Any = subprocess.DEVNULL
+    ) -> None:
         command = [python, str(PEERS / f"{script}.py"), folder, "--threads", str(threads), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        environment["PYTHONPATH"] = str(PEERS.parents[1])
+        own = os.environ.get("PYTHONPATH", "") if python == sys.executable else ""  # of another environment, none of it
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PEERS.parents[1]), own]))
         started = time.perf_counter()
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=environment,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
         )  # fmt: skip
         self.script = script
         self.name = str(self._read()["system"])
@@ -137,6 +140,10 @@ class System:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
+
+    def kill(self) -> None:
+        """End the process now, whatever it does."""
+        self._process.kill()
 
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline() if self._process.stdout is not None else ""

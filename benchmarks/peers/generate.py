@@ -1,6 +1,6 @@
 """transformers' `generate`, behind the protocol of `benchmarks/peers/protocol.py`.
 
-    PYTHON benchmarks/peers/generate.py FOLDER --threads N --dtype bfloat16|float32 [--alone]
+    PYTHON benchmarks/peers/generate.py FOLDER --threads N --dtype bfloat16|float32 [--alone] [--device cuda]
 
 Whenever it is free it takes all requests that have come, as one padded batch; with --alone it takes one.
 """
@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 class Generate:
     """A `Peer` that hands out everything at the end of a batch."""
 
-    def __init__(self, folder: str, threads: int, dtype: str, alone: bool) -> None:
+    def __init__(self, folder: str, threads: int, dtype: str, alone: bool, device: str) -> None:
         torch.set_num_threads(threads)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self._model = model.to(device).eval()
         self._alone = alone
         self._waiting: list[tuple[int, list[int], int, int]] = []
         kind = "one at a time" if alone else "padded batch"
@@ -35,8 +36,9 @@ class Generate:
         chosen = self._waiting[:1] if self._alone else self._waiting
         self._waiting = self._waiting[len(chosen) :]
         width = max(len(prompt) for _, prompt, _, _ in chosen)
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for _, prompt, _, _ in chosen])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for _, prompt, _, _ in chosen])
+        padded = [[0] * (width - len(prompt)) + prompt for _, prompt, _, _ in chosen]
+        masked = [[0] * (width - len(prompt)) + [1] * len(prompt) for _, prompt, _, _ in chosen]
+        ids, mask = (torch.tensor(rows, device=self._model.device) for rows in (padded, masked))
         longest = max(length for _, _, length, _ in chosen)
         output = self._model.generate(
             ids, attention_mask=mask, max_new_tokens=longest, num_beams=chosen[0][3], do_sample=False,
@@ -52,7 +54,7 @@ class Generate:
 def main() -> None:
     """Command line."""
     options = arguments(__doc__, "alone")
-    run(lambda: Generate(str(options.folder), options.threads, options.dtype, options.alone))
+    run(lambda: Generate(str(options.folder), options.threads, options.dtype, options.alone, options.device))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """PagedLLM, behind the protocol of `benchmarks/peers/protocol.py`.
 
-PYTHON benchmarks/peers/pagedllm.py FOLDER --threads N --dtype bfloat16|float32 [--int8]
+PYTHON benchmarks/peers/pagedllm.py FOLDER --threads N --dtype bfloat16|float32 [--int8] [--device cuda]
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from pagedllm_core.params import SamplingParams
 class PagedLLM:
     """A `Peer` over the engine that every adapter uses."""
 
-    def __init__(self, folder: str, threads: int, dtype: str, int8: bool) -> None:
-        fields: dict[str, Any] = {"num_threads": threads, "kv_cache_memory": "1GiB", "dtype": dtype}
+    def __init__(self, folder: str, threads: int, dtype: str, int8: bool, device: str) -> None:
+        memory = "1GiB" if device == "cpu" else "16GiB"
+        fields: dict[str, Any] = {
+            "num_threads": threads, "kv_cache_memory": memory, "dtype": dtype, "device": device,
+        }  # fmt: skip
         self._engine = Engine(EngineConfig(model=folder, quantization="int8" if int8 else None, **fields))
         self.system = f"PagedLLM {__version__}{', int8' if int8 else ''}"
 
@@ -40,7 +43,7 @@ class PagedLLM:
 def main() -> None:
     """Command line."""
     options = arguments(__doc__, "int8")
-    run(lambda: PagedLLM(str(options.folder), options.threads, options.dtype, options.int8))
+    run(lambda: PagedLLM(str(options.folder), options.threads, options.dtype, options.int8, options.device))
 
 
 if __name__ == "__main__":

@@ -94,11 +94,15 @@ def serve(peer: Peer, work: Work) -> dict[str, Any]:
 
 
 def arguments(description: str | None, *flags: str) -> argparse.Namespace:
-    """The command line that all scripts have: `folder`, `threads` and `dtype`, and a script's own flags."""
+    """The command line that all scripts have: folder, threads, dtype and device, and a script's own flags.
+
+    Only transformers and PagedLLM run on another device than a CPU.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a Hugging Face model: config.json and safetensors")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true")
     return parser.parse_args()
