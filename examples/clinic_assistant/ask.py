@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from pathlib import Path
 
 from assistant import ClinicAssistant
-from material import READ, Reply, read_questions
+from material import QUESTIONS, READ, Reply, read_questions
 from report import ask_all, show, summarize
 
 from pagedllm_core import shutdown
@@ -28,9 +29,9 @@ async def ask_one(assistant: ClinicAssistant, question: str) -> None:
             print(part, end="", flush=True)
 
 
-async def ask_file(assistant: ClinicAssistant) -> None:
-    """Ask the file of questions and print how it went."""
-    questions = read_questions()
+async def ask_file(assistant: ClinicAssistant, path: Path) -> None:
+    """Ask a file of questions and print how it went."""
+    questions = read_questions(path)
     await assistant.llm.acomplete("Hello")  # the model is loaded outside the measured time
     replies, seconds = await ask_all(assistant.ask, questions)
     show(questions, replies)
@@ -43,13 +44,14 @@ async def run(arguments: argparse.Namespace) -> None:
         if arguments.question:
             await ask_one(assistant, arguments.question)
         else:
-            await ask_file(assistant)
+            await ask_file(assistant, arguments.questions)
 
 
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Ask the clinic's leaflets.")
-    parser.add_argument("question", nargs="?", help="one question; without it, those of questions.json")
+    parser.add_argument("question", nargs="?", help="one question; without it, those of a file")
+    parser.add_argument("--questions", type=Path, metavar="FILE", default=QUESTIONS, help="default %(default)s")
     parser.add_argument("--qdrant", metavar="URL", help="a Qdrant server instead of the embedded one")
     parser.add_argument("--read", type=int, default=READ, help="passages that the model reads (default %(default)s)")
     asyncio.run(run(parser.parse_args()))

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from pathlib import Path
 
 from langchain_assistant import LangChainClinicAssistant
-from material import READ, read_questions
+from material import QUESTIONS, READ, read_questions
 from report import ask_all, show, summarize
 
 from pagedllm_core import shutdown
 
 
-async def run(assistant: LangChainClinicAssistant) -> None:
-    """Ask the file of questions and print how it went."""
-    questions = read_questions()
+async def run(assistant: LangChainClinicAssistant, path: Path) -> None:
+    """Ask a file of questions and print how it went."""
+    questions = read_questions(path)
     await assistant.chat.ainvoke("Hello")  # the model is loaded outside the measured time
     replies, seconds = await ask_all(assistant.ask, questions)
     show(questions, replies)
@@ -30,10 +31,11 @@ async def run(assistant: LangChainClinicAssistant) -> None:
 def main() -> None:
     """Read the command line, index the leaflets and ask."""
     parser = argparse.ArgumentParser(description="Ask the clinic's leaflets, with LangChain.")
+    parser.add_argument("--questions", type=Path, metavar="FILE", default=QUESTIONS, help="default %(default)s")
     parser.add_argument("--qdrant", metavar="URL", help="a Qdrant server instead of the embedded one")
     parser.add_argument("--read", type=int, default=READ, help="passages that the model reads (default %(default)s)")
     arguments = parser.parse_args()
-    asyncio.run(run(LangChainClinicAssistant(url=arguments.qdrant, read=arguments.read)))
+    asyncio.run(run(LangChainClinicAssistant(url=arguments.qdrant, read=arguments.read), arguments.questions))
     shutdown()
 
 

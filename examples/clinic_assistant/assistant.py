@@ -10,7 +10,7 @@ and the answers come from PagedLLM, in which all questions that are open share o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +29,7 @@ from material import (
 )
 
 if TYPE_CHECKING:
+    from index import OfflineEmbedding
     from llama_index.core.prompts import ChatPromptTemplate
     from llama_index.core.query_engine import RetrieverQueryEngine
     from llama_index.core.retrievers import BaseRetriever
@@ -51,7 +52,12 @@ class ClinicAssistant:
         url: A Qdrant server; None keeps the vectors in this process.
         llm: The language model; by default the bundled one.
         read: How many of the passages found the model reads.
+
+    Attributes:
+        embedding: The embedding model, once the assistant is started.
     """
+
+    embedding: OfflineEmbedding
 
     def __init__(
         self, folder: Path = LEAFLETS, url: str | None = None, llm: PagedLLM | None = None, read: int = READ
@@ -75,13 +81,14 @@ class ClinicAssistant:
 
     async def start(self) -> None:
         """Read and index the leaflets."""
-        from index import ingest
+        from index import ingest, make_embedding
         from qdrant_client import AsyncQdrantClient
 
         leaflets = await asyncio.to_thread(read_leaflets, self._folder)
         self._leaflets = {leaflet.name: leaflet for leaflet in leaflets}
         self._client = AsyncQdrantClient(url=self._url) if self._url else AsyncQdrantClient(":memory:")
-        self._searches = await ingest(leaflets, self._client)
+        self.embedding = await asyncio.to_thread(make_embedding)
+        self._searches = await ingest(leaflets, self._client, self.embedding)
 
     async def close(self) -> None:
         """Let go of Qdrant."""
@@ -113,7 +120,7 @@ class ClinicAssistant:
         found = await self.retriever(CANDIDATES).aretrieve(question)
         return [Passage(self._leaflets[node.metadata["leaflet"]], node.text) for node in found]
 
-    async def stream(self, question: str) -> AsyncIterator[str | Reply]:
+    async def stream(self, question: str) -> AsyncGenerator[str | Reply, None]:
         """Answer a question bit by bit: pieces of text, and at the end the reply with its sources."""
         found = await self.retrieve(question)
         read = found[: self.read]
@@ -133,7 +140,7 @@ class ClinicAssistant:
         yield Reply(
             question,
             answer,
-            leaflets_of(found),
+            tuple(found),
             cite(answer, leaflets_of(read)),
             prompt_tokens=usage["prompt_tokens"],
             cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],

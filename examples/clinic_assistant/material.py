@@ -12,6 +12,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 LEAFLETS = HERE / "leaflets"
 QUESTIONS = HERE / "questions.json"
+HELD_OUT = HERE / "questions_held_out.json"
 TOP_K = 4
 READ = 1
 SYSTEM = "Answer the question from the leaflets."
@@ -84,7 +85,7 @@ class Reply:
     Attributes:
         question: What was asked.
         answer: What the model wrote.
-        found: The leaflets that retrieval found, the best first.
+        passages: What retrieval found, the best first; the model read the first ones.
         citation: Where the answer comes from, if it is a leaflet's sentence.
         prompt_tokens: Tokens of the prompt.
         cached_tokens: Of those, the ones that another request's blocks held already.
@@ -92,10 +93,15 @@ class Reply:
 
     question: str
     answer: str
-    found: tuple[Leaflet, ...]
+    passages: tuple[Passage, ...]
     citation: Citation | None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+
+    @property
+    def found(self) -> tuple[Leaflet, ...]:
+        """The leaflets that retrieval found, the best first."""
+        return leaflets_of(self.passages)
 
 
 def read_leaflets(folder: Path = LEAFLETS) -> list[Leaflet]:

