@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from pagedllm_core.chat.adapter import EngineSource, sampling_params, shared_engine
 from pagedllm_core.config import EngineConfig
@@ -79,6 +79,7 @@ class AdapterFields(BaseModel):
         None, gt=0, description="Seconds that the engine stays loaded without work; None: until it is closed."
     )
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further fields of `EngineConfig`.")
+    _told: set[str] = PrivateAttr(default_factory=set)  # unknown arguments that the caller was warned of
 
     @model_validator(mode="before")
     @classmethod
@@ -161,7 +162,8 @@ class AdapterFields(BaseModel):
 
     def _warn_unknown_arguments(self, given: Mapping[str, Any], further: Collection[str]) -> None:
         known = {*SAMPLING_FIELDS, *further, "model", "timeout", "share_key", "logprobs", "top_logprobs"}
-        if unknown := sorted(set(given) - known):
+        if unknown := sorted(set(given) - known - self._told):
+            self._told.update(unknown)
             warnings.warn(f"{type(self).__name__}: unknown argument {', '.join(unknown)} is ignored", stacklevel=4)
 
     def _identity(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 from langchain_pagedllm import ChatPagedLLM
@@ -135,6 +136,16 @@ def test_parameters_per_call(llm):
         llm.chat(CHAT, temprature=1)
     with pytest.raises(InvalidRequestError, match="n=2"):
         llm.chat(CHAT, n=2, temperature=1)
+
+
+def test_an_unknown_argument_is_told_once():
+    llm = PagedLLM(model="tiny", max_tokens=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            llm.chat(CHAT, temprature=1)
+            llm.complete(QUESTION, temprature=1)
+    assert len([warning for warning in told if "temprature" in str(warning.message)]) == 1
 
 
 def test_log_probabilities(llm):
