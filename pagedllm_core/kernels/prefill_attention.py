@@ -52,7 +52,7 @@ class QueryTile(NamedTuple):
 # a tile is worked on, with three only during its second product.
 _TILES = {
     (True, False): {64: QueryTile(128, 128, 8, 5), 128: QueryTile(128, 128, 8, 5), 256: QueryTile(128, 32, 8, 5)},
-    (True, True): {64: QueryTile(128, 128, 8, 5), 128: QueryTile(128, 64, 8, 5), 256: QueryTile(64, 32, 8, 5)},
+    (True, True): {64: QueryTile(128, 64, 8, 5), 128: QueryTile(128, 64, 8, 5), 256: QueryTile(64, 32, 8, 5)},
     (False, False): {64: QueryTile(128, 64, 8, 5), 128: QueryTile(128, 64, 8, 5), 256: QueryTile(64, 32, 8, 3)},
     (False, True): {64: QueryTile(128, 64, 8, 5), 128: QueryTile(128, 32, 8, 5), 256: QueryTile(64, 16, 8, 3)},
 }

@@ -134,10 +134,13 @@ STEPS = {
 
 
 # Triton's interpreter takes a hundredth of a second for every program: the whole matrix takes minutes.
+INTERPRETED = {"first token", "decodes", "prompts", "chunks", "mixed"}
 MATRIX = [
     (backend, heads, spec, step)
     for backend, heads, spec, step in product(BACKENDS, HEADS, SPECS, STEPS)
-    if backend != "triton" or heads == "gqa" or (spec == "sinks and window" and step == "mixed")
+    if backend != "triton"
+    or (heads == "gqa" and step in INTERPRETED)
+    or (heads != "gqa" and spec == "sinks and window" and step == "mixed")
 ]
 
 
@@ -154,7 +157,7 @@ def test_equals_reference_on_random_steps(backend: str, data: st.DataObject) -> 
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs triton")
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_triton_equals_reference_on_random_steps(data: st.DataObject) -> None:
     check_random_step(BACKENDS["triton"], data)
@@ -197,11 +200,14 @@ def test_half_precision_is_close(backend: str, dtype: torch.dtype) -> None:
     check(BACKENDS[backend], make_step(2, STEPS["mixed"], 4, (8, 2), 16, dtype), SPECS["plain"], 0.03)
 
 
-BREAKABLE = [(b, s) for b, s in product(BACKENDS, SPECS) if b != "triton" or s in ("softcap", "sinks and window")]
+BREAKABLE = [
+    (backend, spec, bad)
+    for backend, spec, bad in product(BACKENDS, SPECS, (float("nan"), float("inf")))
+    if backend != "triton" or (spec, str(bad)) in (("softcap", "inf"), ("sinks and window", "nan"))
+]
 
 
-@pytest.mark.parametrize(("backend", "spec"), BREAKABLE)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("backend", "spec", "bad"), BREAKABLE)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_broken_sequence_breaks_alone(backend: str, spec: str, bad: float) -> None:
     step = make_step(4, STEPS["mixed"], 4, (8, 2), 8)
