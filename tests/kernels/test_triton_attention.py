@@ -31,7 +31,8 @@ PLAIN = LayerSpec(scale=0.3)
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 16 keys or more, and tiles of 16."""
+    """Parts of 16 keys or more, tiles of 16, and two parts joined at once."""
+    monkeypatch.setattr(decode_attention, "_COMBINED", 2)
     monkeypatch.setattr(decode_attention, "_LEAST_PART", 16)
     monkeypatch.setattr(decode_attention, "_TILE_BYTES", 1)
     monkeypatch.setattr(decode_attention, "_PROGRAMS_PER_MULTIPROCESSOR", 1)
@@ -190,17 +191,20 @@ def test_half_precision_over_large_tiles(dtype: torch.dtype) -> None:
 
 
 def test_a_pool_beyond_the_reach_of_32_bits() -> None:
-    small = make_step(10, [(20, 1), (3, 4)], 4, (2, 2), 64)
-    wanted, _ = run(TritonAttention, small, PLAIN)
-    blocks = (1 << 31) // (2 * 4 * 64)
-    far = blocks - small.kv.shape[2]
-    kv = lazy_zeros((2, 2, blocks, 4, 64), torch.float32, CPU)  # 16 GiB, of which little is touched
-    kv[:, :, far:] = small.kv
-    batch = replace(
-        small.batch, block_tables=small.batch.block_tables + far, slot_mapping=small.batch.slot_mapping + 4 * far
-    )
-    backend = TritonAttention(CPU, 4)
-    assert torch.equal(backend.forward(small.q, small.k, small.v, kv, PLAIN, backend.prepare(batch)), wanted)
+    """Of 4 GiB, of which little is touched. Its bytes are counted from the head's first block."""
+    step = make_step(10, [(20, 1), (3, 4)], 4, (1, 1), 64)
+    blocks = (1 << 31) // (4 * 68) + 10
+    cached = step.kv.nan_to_num().flatten(2, 3)
+    outputs = []
+    for first, count in ((0, step.kv.shape[2]), (blocks - step.kv.shape[2], blocks)):
+        kv = lazy_zeros((2, 1, count, 4, 68), torch.uint8, CPU)
+        write_cache(cached[0], cached[1], kv, torch.arange(cached.shape[2]) + 4 * first)
+        batch = replace(
+            step.batch, block_tables=step.batch.block_tables + first, slot_mapping=step.batch.slot_mapping + 4 * first
+        )
+        backend = TritonAttention(CPU, 4)
+        outputs.append(backend.forward(step.q, step.k, step.v, kv, PLAIN, backend.prepare(batch)))
+    assert torch.equal(*outputs)
 
 
 def test_what_does_not_fit_is_refused() -> None:
