@@ -77,6 +77,7 @@ class Engine:
         self._occupancy: deque[tuple[int, int, int]] = deque(maxlen=512)  # (step, blocks used, blocks cached)
         self._closed = False
         self._flight: Flight | None = None  # the step that the device computes while the host goes on
+        self._landed = 0.0  # when the last step was read, by the engine's clock
         if self.runner.num_host_blocks:
             self._measure_copies()
 
@@ -229,7 +230,10 @@ class Engine:
             forget(flight)
             raise
         failures, chosen = land(flight, sampled)
-        self.scheduler.swap.costs.step.add(batch.num_tokens, self._clock() - flight.started)
+        now = self._clock()
+        # A step that was launched while another was under way began when that one was done.
+        self.scheduler.swap.costs.step.add(batch.num_tokens, now - max(flight.started, self._landed))
+        self._landed = now
         self._generated += chosen
         self._count(batch)
         for request, error in failures.items():

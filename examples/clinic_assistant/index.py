@@ -24,7 +24,7 @@ from qdrant_client import AsyncQdrantClient
 from together import EmbedTogether, Vector
 
 COLLECTION = "clinic_leaflets"
-PASSAGE = 80  # tokens, its title among them: some five sentences
+PASSAGE = 72  # tokens of the embedding model, the title's among them: some five sentences
 CANDIDATES = 12
 # The fused score counts ranks: 1 / (rank + 60), so both searches weigh the same whatever their own scores are.
 FUSION = FUSION_MODES.RECIPROCAL_RANK
@@ -44,6 +44,11 @@ class OfflineEmbedding(HuggingFaceEmbedding):
     def calls(self) -> int:
         """How often the model was called."""
         return self._together.calls
+
+    def tokenize(self, text: str) -> list[str]:
+        """The pieces that the model reads a text in."""
+        pieces: list[str] = self._model.tokenizer.tokenize(text)
+        return pieces
 
     def _embed(self, inputs: list[str | BytesIO], prompt_name: str | None = None) -> list[Vector]:
         return self._together.embed(cast(list[str], inputs))  # this model has no prompts
@@ -82,7 +87,8 @@ async def ingest(
     if await client.collection_exists(COLLECTION):  # a server's, from last time
         await client.delete_collection(COLLECTION)
     store = QdrantVectorStore(COLLECTION, aclient=client, index_doc_id=False)
-    splitter = SentenceSplitter(chunk_size=PASSAGE, chunk_overlap=0)
+    # A tokenizer of its own: `Settings.tokenizer`, the default, is the whole process's and anybody's to change.
+    splitter = SentenceSplitter(chunk_size=PASSAGE, chunk_overlap=0, tokenizer=embedding.tokenize)
     steps: list[TransformComponent] = [splitter, embedding]
     pipeline = IngestionPipeline(transformations=steps, vector_store=store)
     nodes = await pipeline.arun(documents=[to_document(leaflet) for leaflet in leaflets])

@@ -264,6 +264,20 @@ async def test_passages_are_found_by_meaning_and_by_words() -> None:
 
 
 @needs(*LLAMA_INDEX)
+async def test_another_tokenizer_in_the_settings_changes_no_passage(monkeypatch) -> None:
+    import llama_index.core
+    from assistant import ClinicAssistant
+
+    found = []
+    for tokenizer in (None, list):
+        monkeypatch.setattr(llama_index.core, "global_tokenizer", tokenizer)  # where `Settings` keeps it
+        async with ClinicAssistant() as assistant:
+            found.append(await assistant.retrieve("Where is the night entrance?"))
+    assert found[0] == found[1]
+    assert "Tanner Lane" in found[0][0].text
+
+
+@needs(*LLAMA_INDEX)
 async def test_an_answer_streams_and_names_its_source() -> None:
     async def work(assistant):
         return [part async for part in assistant.stream("How many chairs does the dialysis unit have?")]

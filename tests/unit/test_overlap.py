@@ -86,6 +86,23 @@ def test_the_last_step_is_not_followed_by_another() -> None:
     assert len(runner.batches) == 5
 
 
+def test_the_time_of_a_step_is_counted_once() -> None:
+    """Each reading takes a second of the device's time; steps that overlap must not both be charged with it."""
+    engine, runner = overlapping()
+    seconds = [0.0]
+    engine._clock = lambda: seconds[0]
+    charged: list[float] = []
+    engine.scheduler.swap.costs.step.add = lambda tokens, cost: charged.append(cost)  # type: ignore[method-assign]
+
+    def read(number: int) -> None:
+        seconds[0] += 1.0
+
+    Diary(engine, runner).read = read
+    engine.add([1, 2, 3], SamplingParams(temperature=0, max_tokens=6))
+    run_all(engine)
+    assert charged == [1.0] * 6
+
+
 PARAMS = {
     "greedy": GREEDY,
     "seeded": SamplingParams(temperature=1.3, seed=3, top_p=0.9, max_tokens=12),

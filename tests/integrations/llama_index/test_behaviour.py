@@ -8,6 +8,7 @@ import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import llama_index.core
 import pytest
 from llama_index.core import Settings
 from llama_index.core.agent.workflow import FunctionAgent
@@ -122,12 +123,10 @@ def test_too_long_a_prompt_is_refused_on_every_path(llm):
         assert pickle.loads(pickle.dumps(error.value)).prompt_length == error.value.prompt_length
 
 
-def test_the_tokenizer_is_for_settings(llm):
+def test_the_tokenizer_is_for_settings(llm, monkeypatch):
+    monkeypatch.setattr(llama_index.core, "global_tokenizer", None)  # where `Settings` keeps it; restored afterwards
     Settings.tokenizer = llm.tokenizer
-    try:
-        assert len(Settings.tokenizer(QUESTION)) == llm.complete(QUESTION, formatted=True).raw["usage"]["prompt_tokens"]
-    finally:
-        Settings._tokenizer = None
+    assert len(Settings.tokenizer(QUESTION)) == llm.complete(QUESTION, formatted=True).raw["usage"]["prompt_tokens"]
 
 
 # Prompts.
