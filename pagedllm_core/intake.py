@@ -83,10 +83,7 @@ class Intake:
         sampling = Sampling.resolve(params, self._runner.generation_defaults, _default_seed(self._config.seed, number))
         if sampling.temperature == 0 and params.width > 1 and not params.use_beam_search:
             raise InvalidRequestError(f"n={params.n}, best_of={params.best_of}: {GREEDY_COPIES}")
-        room = self._runner.max_model_len - len(token_ids)
-        limit = max(1, room if params.max_tokens is None else min(params.max_tokens, room))
-        if params.guided is not None:
-            limit = min(limit, self._pool_room(len(token_ids), params.width))
+        limit = self._limit(len(token_ids), params)
         rules = self._rules(params, sampling)
         private = None if self._config.enable_prefix_caching else f"request {number}"
         return Request(
@@ -120,6 +117,12 @@ class Intake:
                 f"the context and the KV pool leave {limit}; raise max_tokens, or shorten the prompt or the schema"
             )
         return grammar
+
+    def _limit(self, prompt_tokens: int, params: SamplingParams) -> int:
+        """The most tokens that each sequence may generate."""
+        room = self._runner.max_model_len - prompt_tokens
+        limit = max(1, room if params.max_tokens is None else min(params.max_tokens, room))
+        return limit if params.guided is None else min(limit, self._pool_room(prompt_tokens, params.width))
 
     def _pool_room(self, prompt_tokens: int, width: int) -> int:
         """Tokens that each sequence can generate with the pool to itself; a guided output may not be cut there."""

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from .context_tasks import ContextTasks, Dialogue, lookup, recite
 from .json_tasks import extraction
-from .other_tasks import ToolMaker, memory, repeat, talk
+from .talk_tasks import memory, repeat, talk
+from .tool_tasks import ToolMaker
 
 # share of each task at the beginning and from a quarter of the training on
 EARLY = {

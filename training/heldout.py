@@ -15,7 +15,7 @@ from .frames import UNKNOWN
 from .grammar import stems
 from .heldout_prose import PROSE
 from .json_tasks import Field, extraction
-from .other_tasks import ToolMaker
+from .tool_tasks import ToolMaker
 
 Rng = random.Random
 _BLOCKS: list[Block] = [block for blocks in load("heldout.txt").values() for block in blocks]

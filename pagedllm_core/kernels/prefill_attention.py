@@ -140,16 +140,13 @@ def prefill_kernel(
     position = cached + token
     earliest = tl.min(position, axis=0)
     latest = cached + tl.minimum(tl.max(token, axis=0), length - 1)
+    diagonal = (earliest + 1) // TILE * TILE
     visible_from = position * 0
-    begin = 0
     unmasked = 0
     if WINDOWED:
         visible_from = position - window + 1
         begin = tl.maximum(earliest - window + 1, 0) // TILE * TILE
-        unmasked = tl.cdiv(tl.maximum(latest - window + 1, 0), TILE) * TILE
-    diagonal = (earliest + 1) // TILE * TILE
-    if WINDOWED:
-        unmasked = tl.minimum(unmasked, diagonal)
+        unmasked = tl.minimum(tl.cdiv(tl.maximum(latest - window + 1, 0), TILE) * TILE, diagonal)
         for start in range(begin, unmasked, TILE):
             acc, top, total = attend_tile(
                 acc, top, total, q_tile, keys, key_scales, table, start + tl.arange(0, TILE), latest, visible_from,
