@@ -237,7 +237,7 @@ def frame(block: str, pairs: list[tuple[str, str]], rng: Rng) -> list[Message]:
 def lookup(rng: Rng) -> Dialogue:
     """Key and value lists: the simplest task of matching and copying."""
     made = rng.random() < 0.5
-    keys = list({v.pseudo(rng, 2) if made else rng.choice(w.NOUNS) for _ in range(rng.randint(4, 14))})
+    keys = list(dict.fromkeys(v.pseudo(rng, 2) if made else rng.choice(w.NOUNS) for _ in range(rng.randint(4, 14))))
     kinds = ["code", "num", "name", "time", "price", "place", "phone", "made", "colour", "date", "email", "url"]
     kind = rng.choice(kinds)
     values = [v.SLOTS[kind if rng.random() < 0.8 else rng.choice(kinds)](rng) for _ in keys]

@@ -225,7 +225,7 @@ def memory(rng: Rng) -> Dialogue:
 
 def lookup(rng: Rng) -> Dialogue:
     """A table of made-up keys."""
-    keys = list({v.pseudo(rng, 3) for _ in range(8)})
+    keys = list(dict.fromkeys(v.pseudo(rng, 3) for _ in range(8)))
     lines = [f"{key}: {v.code(rng)} {v.noun(rng)}" for key in keys]
     index = rng.randrange(len(keys))
     text = "Inventory:\n" + "\n".join(lines) + f"\n\nPlease find the line about {keys[index]}."

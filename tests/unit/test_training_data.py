@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -75,6 +78,22 @@ def test_generator_is_deterministic() -> None:
     first = [render(one.dialogue(i / 50)) for i in range(50)]
     assert first == [render(two.dialogue(i / 50)) for i in range(50)]
     assert first != [render(other.dialogue(i / 50)) for i in range(50)]
+
+
+def test_dialogues_do_not_hang_on_the_order_of_sets() -> None:
+    """It differs from process to process."""
+    code = "from training.generator import Generator; one = Generator(11); print([one.dialogue() for _ in range(400)])"
+    texts = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in "12"
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_dialogues_are_well_formed() -> None:
