@@ -3,10 +3,12 @@
 #
 #   PYTHON=...       the interpreter the environment is made with
 #   VENV=...         where the environment lives
+#   WORKERS=...      how many processes run the tests
 #   TORCH_FLAGS=...  pip flags for torch alone, for example an index of CPU-only builds (see README.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+WORKERS ?= 2
 TORCH_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
 
 test: $(TEST_STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .

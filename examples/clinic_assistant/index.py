@@ -24,7 +24,7 @@ from qdrant_client import AsyncQdrantClient
 from together import EmbedTogether, Vector
 
 COLLECTION = "clinic_leaflets"
-PASSAGE = 72  # tokens of the embedding model, the title's among them: some five sentences
+PASSAGE = 74  # tokens of the embedding model, the title's among them: some five sentences
 CANDIDATES = 12
 # The fused score counts ranks: 1 / (rank + 60), so both searches weigh the same whatever their own scores are.
 FUSION = FUSION_MODES.RECIPROCAL_RANK

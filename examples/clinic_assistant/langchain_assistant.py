@@ -38,7 +38,7 @@ from sentence_transformers import SentenceTransformer
 from together import EmbedTogether, Vector
 
 COLLECTION = "clinic_leaflets_langchain"
-PASSAGE = 360  # characters: some five sentences
+PASSAGE = 70  # tokens of the embedding model, beside the title: some five sentences
 CANDIDATES = 12
 
 
@@ -53,6 +53,11 @@ class OfflineEmbeddings(Embeddings):
     def calls(self) -> int:
         """How often the model was called."""
         return self._together.calls
+
+    @property
+    def tokenizer(self) -> Any:
+        """What the model reads texts with."""
+        return self._model.tokenizer
 
     def embed_documents(self, texts: list[str]) -> list[Vector]:
         """A vector for each text."""
@@ -101,7 +106,9 @@ class WordVectors(SparseEmbeddings):
 
 def make_store(leaflets: Sequence[Leaflet], url: str | None = None) -> QdrantVectorStore:
     """The leaflets' passages in Qdrant, each with a dense vector and a sparse one."""
-    splitter = RecursiveCharacterTextSplitter(
+    embeddings = OfflineEmbeddings()
+    splitter = RecursiveCharacterTextSplitter.from_huggingface_tokenizer(
+        embeddings.tokenizer,
         chunk_size=PASSAGE,
         chunk_overlap=0,
         separators=[SENTENCE_END, " "],
@@ -116,7 +123,7 @@ def make_store(leaflets: Sequence[Leaflet], url: str | None = None) -> QdrantVec
     place: dict[str, Any] = {"url": url} if url else {"location": ":memory:"}
     return QdrantVectorStore.from_documents(
         documents,
-        OfflineEmbeddings(),
+        embeddings,
         sparse_embedding=WordVectors(),
         retrieval_mode=RetrievalMode.HYBRID,
         sparse_vector_params={"modifier": Modifier.IDF},

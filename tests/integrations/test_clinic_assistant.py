@@ -233,18 +233,18 @@ def output_of(script: str, cwd: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("script", "right"),
+    ("script", "right", "unknown"),
     [
-        pytest.param("ask.py", 40, marks=needs(*LLAMA_INDEX)),
-        pytest.param("ask_langchain.py", 35, marks=needs(*LANGCHAIN)),
+        pytest.param("ask.py", 40, 8, marks=needs(*LLAMA_INDEX)),
+        pytest.param("ask_langchain.py", 38, 7, marks=needs(*LANGCHAIN)),
     ],
 )
-def test_the_file_of_questions_is_answered(script: str, right: int, tmp_path: Path) -> None:
+def test_the_file_of_questions_is_answered(script: str, right: int, unknown: int, tmp_path: Path) -> None:
     text = output_of(script, tmp_path)
     assert len(re.findall(r"  (?:yes|NO) +\d+$", text, re.MULTILINE)) == 60
     assert figure(r"retrieval hit@4\s+(\d+) of 50", text) >= 48
     assert figure(r"right answers\s+(\d+) of 50", text) >= right, text
-    assert figure(r"outside: don't know\s+(\d+) of 10", text) >= 7, text
+    assert figure(r"outside: don't know\s+(\d+) of 10", text) >= unknown, text
     assert figure(r"largest batch\s+(\d+)", text) > 1
     assert figure(r"prefix cache\s+(\d+)%", text) > 0
 
