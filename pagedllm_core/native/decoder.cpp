@@ -32,9 +32,8 @@ constexpr int W = 8, MOST_ROWS = 6;
 #endif
 constexpr int NR = 2 * W;
 constexpr int GROUPS_TOGETHER = 8;  // groups of MOST_ROWS rows that pass over a weight while it is in the cache
-constexpr int MOST_QUERIES = 32;  // (row, head) pairs that pass over a slice of keys together
-constexpr int SLICE = 4 * W;      // keys of a slice of a chunk
-constexpr int TOGETHER = W == 16 ? 6 : 2;  // pairs whose sums stay in registers
+constexpr int MOST_QUERIES = 3 * W;  // (row, head) pairs that pass over a slice of keys together
+constexpr int SLICE = 4 * W;         // keys of a slice of a chunk
 constexpr int MOST_DIM = 256;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
@@ -568,42 +567,88 @@ void attend(const Attention& at, const Step& step, const Task& task, int64_t kv_
     }
 }
 
-// y[p][i] (+)= sum over k of a[p][k] b[k][i], for P rows of a and four vectors of b.
+// scores[j][p] = keys[j] . queries[p], with N vectors of pairs side by side: queries are [dim][MOST_QUERIES].
+template <int N>
+void multiply_keys(const float* keys, int64_t stride, int64_t count, const float* queries, int64_t dim, float* scores) {
+    constexpr int KEYS = W == 16 ? 8 : 4;  // whose sums stay in registers
+    for (int64_t j = 0; j < count; j += KEYS, keys += KEYS * stride, scores += KEYS * MOST_QUERIES) {
+        vf acc[KEYS][N] = {};
+        for (int64_t d = 0; d < dim; d++)
+            for (int i = 0; i < KEYS; i++)
+                for (int n = 0; n < N; n++) acc[i][n] += keys[i * stride + d] * load(queries + d * MOST_QUERIES + n * W);
+        for (int i = 0; i < KEYS; i++)
+            for (int n = 0; n < N; n++) store(scores + i * MOST_QUERIES + n * W, acc[i][n]);
+    }
+}
+
+// acc[p] = acc[p] * keep[p] + sum over j of weights[j][p] values[j], for P pairs and four vectors of columns.
 template <int P>
-inline void add_products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count, float* y,
-                         int64_t y_stride, const float* keep) {
-    vf acc[P][4];
+inline void weigh_values(const float* weights, const float* keep, const float* values, int64_t stride, int64_t count,
+                       float* acc) {
+    vf y[P][4];
     for (int p = 0; p < P; p++)
-        for (int i = 0; i < 4; i++) acc[p][i] = keep ? load(y + p * y_stride + i * W) * keep[p] : vf{};
-    for (int64_t k = 0; k < count; k++, b += b_stride) {
-        const vf b0 = load(b), b1 = load(b + W), b2 = load(b + 2 * W), b3 = load(b + 3 * W);
+        for (int i = 0; i < 4; i++) y[p][i] = load(acc + p * stride + i * W) * keep[p];
+    for (int64_t j = 0; j < count; j++, weights += MOST_QUERIES, values += stride) {
+        const vf v0 = load(values), v1 = load(values + W), v2 = load(values + 2 * W), v3 = load(values + 3 * W);
         for (int p = 0; p < P; p++) {
-            const vf factor = all(a[p * a_stride + k]);
-            acc[p][0] += factor * b0;
-            acc[p][1] += factor * b1;
-            acc[p][2] += factor * b2;
-            acc[p][3] += factor * b3;
+            const vf weight = all(weights[p]);
+            y[p][0] += weight * v0;
+            y[p][1] += weight * v1;
+            y[p][2] += weight * v2;
+            y[p][3] += weight * v3;
         }
     }
     for (int p = 0; p < P; p++)
-        for (int i = 0; i < 4; i++) store(y + p * y_stride + i * W, acc[p][i]);
+        for (int i = 0; i < 4; i++) store(acc + p * stride + i * W, y[p][i]);
 }
 
-template <int P = TOGETHER>
-void add_products(int64_t pairs, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count, float* y,
-                  int64_t y_stride, const float* keep) {
+template <int P = W == 16 ? 6 : 2>
+void weigh_values(int64_t pairs, const float* weights, const float* keep, const float* values, int64_t stride, int64_t count,
+                float* acc) {
     int64_t p = 0;
-    for (; p + P <= pairs; p += P)
-        add_products<P>(a + p * a_stride, a_stride, b, b_stride, count, y + p * y_stride, y_stride, keep ? keep + p : keep);
+    for (; p + P <= pairs; p += P) weigh_values<P>(weights + p, keep + p, values, stride, count, acc + p * stride);
     if constexpr (P > 1)
-        if (p < pairs)
-            add_products<P / 2>(pairs - p, a + p * a_stride, a_stride, b, b_stride, count, y + p * y_stride, y_stride,
-                                keep ? keep + p : keep);
+        if (p < pairs) weigh_values<P / 2>(pairs - p, weights + p, keep + p, values, stride, count, acc + p * stride);
 }
 
-// The same for a chunk of many pairs. A slice's keys are transposed once, so that scores need no sums across lanes, and
-// several pairs share what is read. It adds up in another order than `attend`, which a lone token takes.
-template <class T>
+// A chunk's softmax state: a lane for each pair, N vectors of them.
+template <int N>
+struct Softmax {
+    vf highest[N], total[N], keep[N];
+    vi sees[N];  // the position up to which a pair sees keys
+
+    // Scores of the slots that hold positions first + low .. first + high - 1 become weights, in place.
+    void add(const Attention& at, float* scores, int64_t first, int64_t low, int64_t high, bool all_seen) {
+        for (int n = 0; n < N; n++) {
+            const vi last = sees[n] - static_cast<int32_t>(first);  // as slots
+            const vi begin = at.window ? last - static_cast<int32_t>(at.window) : last - std::numeric_limits<int32_t>::max() / 2;
+            vf top = highest[n];
+            for (int64_t j = low; j < high; j++) {
+                vf score = load(scores + j * MOST_QUERIES + n * W);
+                if (at.softcap != 0)
+                    for (int i = 0; i < W; i++) score[i] = at.softcap * std::tanh(score[i] / at.softcap);
+                if (!all_seen) score = (last < static_cast<int32_t>(j)) | (begin >= static_cast<int32_t>(j)) ? all(-INFINITE) : score;
+                top = top > score ? top : score;
+                store(scores + j * MOST_QUERIES + n * W, score);
+            }
+            const vf base = top == -INFINITE ? vf{} : top;  // of a pair that has seen nothing yet
+            keep[n] = highest[n] == -INFINITE ? vf{} : exponential(highest[n] - base);
+            vf added = {};
+            for (int64_t j = low; j < high; j++) {
+                const vf score = load(scores + j * MOST_QUERIES + n * W);
+                const vf weight = score == -INFINITE ? vf{} : exponential(score - base);
+                added += weight;
+                store(scores + j * MOST_QUERIES + n * W, weight);
+            }
+            highest[n] = top;
+            total[n] = total[n] * keep[n] + added;
+        }
+    }
+};
+
+// The same for a chunk of many pairs, which lie side by side in the lanes: neither scores nor softmax need anything
+// across lanes. It adds up in another order than `attend`, which a lone token takes.
+template <class T, int N>
 void attend_chunk(const Attention& at, const Step& step, const Task& task, int64_t kv_head, int64_t head, int64_t heads,
                   const float* q, int64_t q_row, int64_t q_head, float* out) {
     const int64_t dim = at.dim, size = at.block_size, rows = task.end - task.first, pairs = rows * heads;
@@ -611,18 +656,20 @@ void attend_chunk(const Attention& at, const Step& step, const Task& task, int64
     const int64_t position = step.context_lens[task.sequence] - (step.query_starts[task.sequence + 1] - task.first);
     const int64_t lowest = at.window ? std::max<int64_t>(0, position - at.window + 1) : 0, end = position + rows;
     const int32_t* table = step.block_tables + task.sequence * step.table_width;
-    alignas(64) float queries[MOST_QUERIES * MOST_DIM], acc[MOST_QUERIES * MOST_DIM], scores[MOST_QUERIES * SLICE];
-    alignas(64) float keys[SLICE * MOST_DIM], across[MOST_DIM * SLICE], values[SLICE * MOST_DIM];
-    float highest[MOST_QUERIES], total[MOST_QUERIES], keep[MOST_QUERIES];
-    vi lane;
-    for (int i = 0; i < W; i++) lane[i] = i;
+    alignas(64) float queries[MOST_DIM * MOST_QUERIES], acc[MOST_QUERIES * MOST_DIM], scores[SLICE * MOST_QUERIES];
+    alignas(64) float keys[SLICE * MOST_DIM], values[SLICE * MOST_DIM];
+    Softmax<N> softmax;
+    std::memset(queries, 0, dim * MOST_QUERIES * sizeof(float));
     std::memset(acc, 0, pairs * stride * sizeof(float));
     std::memset(keys, 0, SLICE * stride * sizeof(float));
     std::memset(values, 0, SLICE * stride * sizeof(float));
+    for (int n = 0; n < N; n++) {
+        softmax.highest[n] = all(-INFINITE), softmax.total[n] = vf{};
+        for (int i = 0; i < W; i++) softmax.sees[n][i] = position + std::min<int64_t>(n * W + i, pairs - 1) / heads;
+    }
     for (int64_t p = 0; p < pairs; p++) {
         const float* query = q + (task.first + p / heads) * q_row + (head + p % heads) * q_head;
-        for (int64_t d = 0; d < dim; d++) queries[p * stride + d] = query[d] * at.scale;
-        highest[p] = -INFINITE, total[p] = 0;
+        for (int64_t d = 0; d < dim; d++) queries[d * MOST_QUERIES + p] = query[d] * at.scale;
     }
     for (int64_t first = lowest / SLICE * SLICE; first < end; first += SLICE) {
         const int64_t from = std::max(first, lowest / size * size), last = std::min(first + SLICE, end);
@@ -633,46 +680,33 @@ void attend_chunk(const Attention& at, const Step& step, const Task& task, int64
             widen(static_cast<const T*>(at.values) + slot, next - j, dim, stride, values + (j - first) * stride);
             j = next;
         }
-        for (int64_t j = 0; j < SLICE; j += W)
-            for (int64_t d = 0; d < dim; d += W) {
-                vf square[W];
-                for (int i = 0; i < W; i++) square[i] = load(keys + (j + i) * stride + d);
-                transpose(square);
-                for (int i = 0; i < W; i++) store(across + (d + i) * SLICE + j, square[i]);
-            }
-        add_products(pairs, queries, stride, across, SLICE, dim, scores, SLICE, nullptr);
-        for (int64_t p = 0; p < pairs; p++) {
-            const int64_t here = position + p / heads;  // sees this position and `window` - 1 before it
-            const int low = at.window ? std::max<int64_t>(0, here - at.window + 1 - first) : 0;
-            const int high = std::min(last, here + 1) - first;
-            vf score[4], most = all(-INFINITE), sum_of = {};
-            for (int i = 0; i < 4; i++) {
-                score[i] = load(scores + p * SLICE + i * W);
-                if (at.softcap != 0)
-                    for (int j = 0; j < W; j++) score[i][j] = at.softcap * std::tanh(score[i][j] / at.softcap);
-                score[i] = ((lane + i * W < low) | (lane + i * W >= high)) ? all(-INFINITE) : score[i];
-                most = most > score[i] ? most : score[i];
-            }
-            const float before = highest[p], top = std::max(before, largest(most));
-            keep[p] = before == -INFINITE ? 0 : exponential(all(before - top))[0];
-            for (int i = 0; i < 4; i++) {
-                const vf weight = score[i] == -INFINITE ? vf{} : exponential(score[i] - (top == -INFINITE ? 0 : top));
-                sum_of += weight;
-                store(scores + p * SLICE + i * W, weight);
-            }
-            highest[p] = top;
-            total[p] = total[p] * keep[p] + sum(sum_of);
-        }
+        const int64_t low = from - first, high = last - first;
+        multiply_keys<N>(keys, stride, high, queries, dim, scores);
+        softmax.add(at, scores, first, low, high, at.window == 0 && last <= position + 1);
+        const float* weights = scores + low * MOST_QUERIES;
+        const float* keep = reinterpret_cast<const float*>(softmax.keep);
         for (int64_t d = 0; d < dim; d += SLICE)
-            add_products(pairs, scores, SLICE, values + d, stride, last - first, acc + d, stride, keep);
+            weigh_values(pairs, weights, keep, values + low * stride + d, stride, high - low, acc + d);
     }
     for (int64_t p = 0; p < pairs; p++) {
+        const float highest = softmax.highest[p / W][p % W], total = softmax.total[p / W][p % W];
         float sinks = at.sinks ? at.sinks[head + p % heads] : -INFINITE;
-        float most = std::max(highest[p], sinks), factor = std::exp(highest[p] - most);
-        factor /= total[p] * factor + std::exp(sinks - most);
+        float most = std::max(highest, sinks), factor = std::exp(highest - most);
+        factor /= total * factor + std::exp(sinks - most);
         float* to = out + ((task.first + p / heads) * at.heads + head + p % heads) * dim;
         for (int64_t d = 0; d < dim; d++) to[d] = acc[p * stride + d] * factor;
     }
+}
+
+template <class T>
+void attend_task(const Attention& at, const Step& step, const Task& task, int64_t kv_head, int64_t head, int64_t heads,
+                 const float* q, int64_t q_row, int64_t q_head, float* out) {
+    const int64_t pairs = (task.end - task.first) * heads;
+    auto* chosen = at.in_order || pairs < 12 ? attend<T>
+                   : pairs <= W              ? attend_chunk<T, 1>
+                   : pairs <= 2 * W          ? attend_chunk<T, 2>
+                                             : attend_chunk<T, 3>;
+    chosen(at, step, task, kv_head, head, heads, q, q_row, q_head, out);
 }
 
 // All attention of one layer: out is [tokens][heads][dim].
@@ -684,8 +718,7 @@ void attend_all(Team::Turn& turn, const Attention& at, const Step& step, const s
         const Task& task = tasks[i / at.kv_heads];
         for (int64_t h = 0; h < group; h += together) {
             const int64_t heads = std::min(together, group - h);
-            const bool chunk = !at.in_order && (task.end - task.first) * heads >= 2 * TOGETHER;
-            auto* attend_one = at.is_bf16 ? chunk ? attend_chunk<bf16> : attend<bf16> : chunk ? attend_chunk<float> : attend<float>;
+            auto* attend_one = at.is_bf16 ? attend_task<bf16> : attend_task<float>;
             attend_one(at, step, task, kv_head, kv_head * group + h, heads, q, q_row, q_head, out);
         }
     });
