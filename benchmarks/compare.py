@@ -297,9 +297,9 @@ def main() -> None:
                 system.close()
     print(text)
     if arguments.output:
-        arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+        Path(f"{arguments.output}.md").write_text(text, encoding="utf-8")
         title = f"{arguments.shape}, {dtype}, {arguments.threads} thread(s), {processor()}"
-        draw(arguments.output.with_suffix(".png"), title, [one.name for one in systems], arguments.workloads, ratios)
+        draw(Path(f"{arguments.output}.png"), title, [one.name for one in systems], arguments.workloads, ratios)
 
 
 def run(
