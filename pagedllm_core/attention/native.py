@@ -11,7 +11,7 @@ from pagedllm_core.attention.base import ForwardBatch, LayerSpec
 from pagedllm_core.attention.torch_paged import StepMeta, TorchPagedAttention
 from pagedllm_core.native.library import DTYPES, Attention, Step
 
-MOST_DIM = MOST_BLOCK = 256  # as in decoder.cpp
+MOST_DIM = MOST_BLOCK = 256  # as in native/attention.h
 
 
 def describe_attention(

@@ -1,6 +1,6 @@
 """The compiled code as Python sees it: which tier runs here, and its structures and functions.
 
-The structures mirror `decoder.cpp`, field by field.
+The structures mirror `interface.h`, field by field.
 """
 
 from __future__ import annotations
