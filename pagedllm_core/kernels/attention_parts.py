@@ -57,6 +57,14 @@ def check_shapes(q: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> in
     return heads // kv_heads
 
 
+def launch_strides(
+    q: torch.Tensor, out: torch.Tensor, values: torch.Tensor, scales: torch.Tensor | None, tables: torch.Tensor
+) -> tuple[int, ...]:
+    """Strides of q, out, the cache, its scales (0 where there are none) and the block tables, in the kernels' order."""
+    of_scales = (0, 0, 0) if scales is None else scales.stride()[:3]
+    return (*q.stride()[:2], *out.stride()[:2], *values.stride()[:3], *of_scales, tables.stride(0))
+
+
 @triton.jit
 def load_tile(cache, at, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Keys (or values) whose numbers begin at `at` [tile], as [tile, WIDTH]; 0 beyond DIM."""

@@ -26,7 +26,14 @@ import torch
 import triton
 import triton.language as tl
 
-from pagedllm_core.kernels.attention_parts import attend_tile, check_shapes, finish, padded_width, score_factors
+from pagedllm_core.kernels.attention_parts import (
+    attend_tile,
+    check_shapes,
+    finish,
+    launch_strides,
+    padded_width,
+    score_factors,
+)
 from pagedllm_core.kernels.cache import split_fp8
 
 _PROGRAMS_PER_MULTIPROCESSOR = 8  # two run at once; more of them even out what they differ by
@@ -237,8 +244,7 @@ def decode_attention(
     inner, outer = score_factors(scale, softcap)
     decode_kernel[(count, kv_heads)](
         q, out, values, scales, sinks, block_tables, rows, plan.parts, partials, logsums,
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *values.stride()[:3],
-        *((0, 0, 0) if scales is None else scales.stride()[:3]), block_tables.stride(0), count, inner, outer,
+        *launch_strides(q, out, values, scales, block_tables), count, inner, outer,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         TILE=_key_tile(width, q.dtype, scales is not None), BLOCK_SIZE=values.shape[3], DIM=dim, WIDTH=width,
         SOFTCAP=softcap is not None, num_warps=4, num_stages=_STAGES,

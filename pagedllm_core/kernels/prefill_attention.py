@@ -25,7 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
-from pagedllm_core.kernels.attention_parts import attend_tile, check_shapes, finish, padded_width, score_factors
+from pagedllm_core.kernels.attention_parts import (
+    attend_tile,
+    check_shapes,
+    finish,
+    launch_strides,
+    padded_width,
+    score_factors,
+)
 from pagedllm_core.kernels.cache import split_fp8
 
 _NO_WINDOW = 1 << 30
@@ -215,9 +222,7 @@ def prefill_attention(
     inner, outer = score_factors(scale, softcap)
     prefill_kernel[(tiles.shape[0], heads // group)](
         q, out, values, scales, sinks, block_tables, context_lens, query_starts, query_lens, tiles,
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *values.stride()[:3],
-        *((0, 0, 0) if scales is None else scales.stride()[:3]), block_tables.stride(0), inner, outer,
-        window or _NO_WINDOW,
+        *launch_strides(q, out, values, scales, block_tables), inner, outer, window or _NO_WINDOW,
         GROUP=group, ROWS=tile.rows, TILE=tile.keys, BLOCK_SIZE=values.shape[3], DIM=dim, WIDTH=padded_width(dim),
         SOFTCAP=softcap is not None, WINDOWED=window is not None, num_warps=tile.warps,
         num_stages=tile.stages,
