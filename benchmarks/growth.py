@@ -4,8 +4,8 @@
     python benchmarks/growth.py --shape 10m --threads 2 [--output benchmarks/results/growth_10m]
 
 The engine is stepped by hand, on random weights. A batch decodes over short contexts; a single request is prefilled,
-and then decodes, over longer and longer ones. The ways take turns, a few steps each (prefills: one each), and
-ratios are taken between their medians. Greedy; nothing is found in the prefix cache.
+and then decodes, over longer and longer ones. The ways take turns, a few steps or one prefill each, and ratios are
+taken between their medians. Greedy; nothing is found in the prefix cache.
 """
 
 from __future__ import annotations
@@ -133,9 +133,8 @@ def table(title: str, sizes: tuple[int, ...], times: Times, tokens: tuple[int, .
     ]
     for place, size in enumerate(sizes):
         compared = " | ".join(f"{times[way][place] * 1e3:.2f} ({own[place] / times[way][place]:.2f})" for way in others)
-        share = f"{roofs[place] / own[place]:.0%}" if roofs else "–"
-        speed = tokens[place] / own[place]
-        lines.append(f"| {size:,} | {own[place] * 1e3:.2f} | {speed:,.0f} | {share} | {compared} |")
+        share, speed = roofs[place] / own[place], tokens[place] / own[place]
+        lines.append(f"| {size:,} | {own[place] * 1e3:.2f} | {speed:,.0f} | {share:.0%} | {compared} |")
     return lines
 
 
