@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -55,10 +56,8 @@ class ScheduledBatch:
         A token that only the device knows yet is 0 here; `ForwardBatch.carried` says where it comes from.
         """
         rows = self.rows
-        lengths = np.array([row.end - row.start for row in rows], dtype=np.int32)
-        query_starts = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=query_starts[1:])
-        total = int(query_starts[-1])
+        query_starts = list(accumulate((row.end - row.start for row in rows), initial=0))
+        total = query_starts[-1]
         token_ids = np.empty(total, dtype=np.int64)
         positions = np.empty(total, dtype=np.int64)
         slots = np.empty(total, dtype=np.int64)
@@ -86,7 +85,7 @@ class ScheduledBatch:
             token_ids=token_ids,
             positions=positions,
             slot_mapping=slots,
-            query_starts=query_starts,
+            query_starts=np.array(query_starts, dtype=np.int32),
             context_lens=np.array([row.end for row in rows], dtype=np.int32),
             block_tables=block_tables,
             logits_rows=np.array(logits_rows, dtype=np.int64),

@@ -125,18 +125,18 @@ def _choose(choices: list[Choice], raw: torch.Tensor, failures: Failures) -> tor
                     failures[choice.request] = as_failure(choice.request.request_id, error)
     if guided:
         logits = mask_logits(logits, guides)
-    best = most_likely(logits)
-    possible = logits.gather(1, best[:, None]).squeeze(1).isfinite()
-    if not bool(possible.all()):
-        for row in (~possible).nonzero().flatten().tolist():
-            guide = guides[row]
-            if guide is None:
-                failures.setdefault(choices[row].request, RequestFailedError(NO_TOKEN))
-                best[row] = 0
-            else:  # other rules forbid all that the grammar allows; what has a form goes on
-                best[row] = guide.way_on
-            logits = logits.clone() if logits is raw else logits
-            force(logits[row], int(best[row]))
+    best, possible = most_likely(logits)
+    for row, is_possible in enumerate(possible.tolist()):
+        if is_possible:
+            continue
+        guide = guides[row]
+        if guide is None:
+            failures.setdefault(choices[row].request, RequestFailedError(NO_TOKEN))
+            best[row] = 0
+        else:  # other rules forbid all that the grammar allows; what has a form goes on
+            best[row] = guide.way_on
+        logits = logits.clone() if logits is raw else logits
+        force(logits[row], int(best[row]))
     draws = [Draw(choice.request.sampling, choice.child, choice.sequence.num_tokens) for choice in choices]
     tokens = sample(logits, draws, best)
     if guided:

@@ -160,8 +160,7 @@ def _sample_now(logits: torch.Tensor, rows: list[SampleRow], carried_tokens: tor
     for place, row in enumerate(rows):
         if row.request.rules.active:
             processed[place] = row.request.rules.apply(processed[place], _complete(row, carried))
-    best = most_likely(processed)
-    possible = processed.gather(1, best[:, None]).squeeze(1).isfinite()
+    best, possible = most_likely(processed)
     if not bool(possible.all()):
         best = best.where(possible, 0)
         processed = processed.where(possible[:, None], 0.0)

@@ -9,7 +9,7 @@ from then on only groups whose best token can matter are read again:
     _score       log-sum-exp of the raw row, rank of the token                     grid rows
 
 Each filter (min-p, top-k, top-p, in this order) is a limit on the distance from the row's best token (`search`);
-tokens that tie with the last one kept are kept as well, as in `sample.keep_likely`. The groups' best tokens give a
+tokens that tie with the last one kept are kept as well, as in `filters.keep_likely`. The groups' best tokens give a
 first bound: k groups whose best is within a limit hold k tokens within it. The draw inverts the cumulative distribution
 in token-id order with the number it is given, as `sample.sample` does: the two choose the same, up to float noise.
 

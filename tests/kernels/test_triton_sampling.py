@@ -11,9 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from pagedllm_core.decode.filters import keep_likely
 from pagedllm_core.decode.logprobs import score_tokens
 from pagedllm_core.decode.processors import LogitsRules
-from pagedllm_core.decode.sample import GREEDY_BELOW, keep_likely
+from pagedllm_core.decode.sample import GREEDY_BELOW
 from pagedllm_core.decode.staging import ROW, History, Staged, Staging
 from pagedllm_core.kernels import rules as rules_module
 from pagedllm_core.kernels import sampling as sampling_module

@@ -17,8 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from pagedllm_core.decode.filters import Blocks, keep_likely, nucleus_threshold
 from pagedllm_core.decode.processors import LogitsRules, takes_prompt
-from pagedllm_core.decode.sample import Draw, keep_likely, nucleus_threshold, sample, uniform
+from pagedllm_core.decode.sample import Draw, sample, uniform
 from pagedllm_core.kv.pool import BlockPool
 from pagedllm_core.kv.table import BlockTable
 from pagedllm_core.params import Sampling, SamplingParams
@@ -70,8 +71,10 @@ def test_filters_of_one_row_do_not_touch_another() -> None:
 
 def test_a_nucleus_larger_than_the_candidates_is_exact() -> None:
     rows = logits(5, vocabulary=5000) * 0.01  # nearly flat
+    rows = Blocks(rows - rows.amax(dim=-1, keepdim=True))
     top_p = torch.full((5, 1), 0.9)
-    assert torch.equal(nucleus_threshold(rows, top_p, candidates=16), nucleus_threshold(rows, top_p, candidates=5000))
+    few, every = (nucleus_threshold(rows, top_p, None, rows.largest(count)) for count in (16, 5000))
+    assert torch.equal(few, every)
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.3])
@@ -130,6 +133,38 @@ def test_allowed_bias_minimum_and_callers_processors() -> None:
     assert result[4] == pytest.approx((float(row[4]) + 2.0 + 1) * 2)
     assert int(result.isfinite().sum()) == 1
     assert seen == [[5], ([1], [5])]
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"top_k": 7}, {"top_p": 0.6}, {"top_p": 0.9, "top_k": 40}, {"min_p": 0.02}, {"temperature": 0.3}]
+)
+@pytest.mark.parametrize("vocabulary", [50, 3001])
+def test_draws_are_the_inverse_of_the_cumulative_distribution(fields: dict[str, Any], vocabulary: int) -> None:
+    rows = logits(200, vocabulary=vocabulary)
+    rows[:, ::3] = -torch.inf
+    draws = [Draw(sampling(seed=seed, **fields), 0, 5) for seed in range(200)]
+    for row, token in enumerate(sample(rows, draws).tolist()):
+        one = draws[row].sampling
+        scaled = (rows[row].double() - rows[row].max()) / one.temperature
+        ordered = scaled.sort(descending=True).values
+        floor = ordered[one.top_k - 1] if one.top_k else ordered[-1]
+        floor = max(floor, math.log(one.min_p)) if one.min_p else floor
+        kept = scaled.masked_fill(scaled < floor, -torch.inf).softmax(0)
+        if one.top_p < 1:
+            most = kept.sort(descending=True).values
+            kept = kept.where(kept >= most[int((most.cumsum(0) < one.top_p).sum())], 0)
+        counters = (np.array([number], dtype=np.uint64) for number in (one.seed, 0, 5))
+        number = float(uniform(*counters)[0]) * float(kept.sum())
+        assert token == int((kept.cumsum(0) <= number).sum())
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2.0**-53])
+@pytest.mark.parametrize("threshold", [None, torch.tensor([[-6.0]])])
+def test_no_number_draws_what_is_impossible(number: float, threshold: torch.Tensor | None) -> None:
+    row = torch.full((1, 400), -torch.inf)
+    row[0, 70:330] = torch.linspace(-5, 0, 260)
+    token = int(Blocks(row).pick(torch.full((1, 1), number, dtype=torch.float64), threshold))
+    assert token == (70 if number == 0 else 329)
 
 
 def test_greedy_and_tiny_temperatures_take_the_best() -> None:
