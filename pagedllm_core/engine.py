@@ -26,8 +26,9 @@ from pagedllm_core.kv.pool import BlockPool
 from pagedllm_core.kv.table import BlockTable
 from pagedllm_core.metrics import EngineStats
 from pagedllm_core.model.interface import Runner
+from pagedllm_core.moves import BlockMover
 from pagedllm_core.outputs import RequestOutput
-from pagedllm_core.overlap import Flight, forget, land, launch, seal
+from pagedllm_core.overlap import Flight, forget, land, launch, read, seal
 from pagedllm_core.params import SamplingParams
 from pagedllm_core.request import Request, RequestState, Sequence
 from pagedllm_core.scheduler import Scheduler
@@ -78,8 +79,9 @@ class Engine:
         self._closed = False
         self._flight: Flight | None = None  # the step that the device computes while the host goes on
         self._landed = 0.0  # when the last step was read, by the engine's clock
+        self._mover = BlockMover(self.runner, self.scheduler.swap, clock)
         if self.runner.num_host_blocks:
-            self._measure_copies()
+            self._mover.measure(min(self.pool.total, self.runner.num_host_blocks))
 
     def add(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> str:
         """Validate and queue one request; returns its id.
@@ -159,7 +161,7 @@ class Engine:
         try:
             batch = self.scheduler.schedule(only=suspect)
             self._finish_exhausted(batch)
-            self._move_blocks(batch)
+            self._mover.move(batch)
             if batch.rows:
                 flight = launch(batch, self.runner, self.runner.sampler, self._start_clocks(batch))
                 if flight.allows_another and suspect is None:
@@ -170,7 +172,7 @@ class Engine:
             self.scheduler.commit()
             if self.scheduler.has_work and not batch.exhausted and not self._outbox:
                 raise RuntimeError("no request could be scheduled although some wait")
-        except Exception as error:
+        except BaseException as error:
             self._recover(batch, error, suspect)
 
     def _continue(self, flight: Flight) -> None:
@@ -178,7 +180,7 @@ class Engine:
         self._flight = self._launch_ahead(flight) if flight.allows_another else None
         try:
             self._land(flight)
-        except Exception as error:
+        except BaseException as error:
             if self._flight is not None:
                 forget(self._flight)
             self._flight = None
@@ -190,41 +192,19 @@ class Engine:
             batch = self.scheduler.schedule_ahead()
             if batch is None:
                 return None
-            self._move_blocks(batch)
+            self._mover.move(batch, alone=False)
             if not batch.rows:
                 return None
             return launch(batch, self.runner, self.runner.sampler, self._start_clocks(batch), before=flight)
-        except Exception as error:
+        except BaseException as error:
             self._recover(batch or ScheduledBatch(), error, None)
             return None
-
-    def _move_blocks(self, batch: ScheduledBatch) -> None:
-        """Everything that is copied before the forward pass; what leaves first, as its place may be taken."""
-        if batch.swap_out:
-            self._timed_copy(self.runner.swap_out, batch.swap_out)
-        if batch.swap_in:
-            self._timed_copy(self.runner.swap_in, batch.swap_in)
-        if batch.copies:
-            self.runner.copy_blocks(batch.copies)
-
-    def _timed_copy(self, copy: Callable[[list[tuple[int, int]]], None], moves: list[tuple[int, int]]) -> None:
-        started = self._clock()
-        copy(moves)
-        self.scheduler.swap.costs.copy.add(len(moves), self._clock() - started)
-
-    def _measure_copies(self) -> None:
-        """Time small and larger copies while the pool is still empty, so that the first preemption can choose."""
-        for count in (1, min(self.pool.total, self.runner.num_host_blocks, 32)):
-            moves = [(block, block) for block in range(count)]
-            self.runner.swap_out(moves)  # the first copy to a page takes longer
-            self._timed_copy(self.runner.swap_out, moves)
-            self._timed_copy(self.runner.swap_in, moves)
 
     def _land(self, flight: Flight) -> None:
         """Read a step: sequences take their tokens, what finished is freed, what is new goes out."""
         batch = flight.batch
         try:
-            sampled = None if flight.pending is None else flight.pending.result()
+            sampled = read(flight)
             self.scheduler.commit()
         except Exception:
             forget(flight)
@@ -313,8 +293,10 @@ class Engine:
             self._suspects.popleft()
         return self._suspects[0] if self._suspects else None
 
-    def _recover(self, batch: ScheduledBatch, error: Exception, suspect: Request | None) -> None:
+    def _recover(self, batch: ScheduledBatch, error: BaseException, suspect: Request | None) -> None:
         """A step failed: everybody is rewound, and the requests of the step are then tried one at a time.
+
+        Where it was interrupted (Ctrl-C), nobody is to blame: all go on in the next step, if there is one.
 
         Rewinding costs little, as blocks sealed in earlier steps are found again in the prefix cache.
         """
@@ -323,6 +305,13 @@ class Engine:
         culprits = list(dict.fromkeys(row.request for row in batch.rows)) or running
         for request in running:
             self.scheduler.preempt(request)
+        if not isinstance(error, Exception):
+            self._flight = None
+            for request in list(self._requests.values()):
+                request.undo_step()
+                if not request.active:
+                    self._settle(request)
+            raise error
         if suspect is not None:
             logger.warning("request %r failed alone: %s: %s", suspect.request_id, type(error).__name__, error)
             self._fail(suspect, as_failure(suspect.request_id, error))
@@ -383,7 +372,7 @@ class Engine:
         """End every request with `EngineClosedError` (in `take_outputs`) and free the model. May be called twice."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._flight = True, None
         for request in list(self._requests.values()):
             self._fail(request, EngineClosedError(f"request {request.request_id!r}: the engine was closed"))
         self.runner.close()

@@ -14,8 +14,9 @@ the engine wait for each step, as it always does without a device sampler.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -79,11 +80,18 @@ def launch(
     choices, _ = collect(batch, flight.logits, {})
     if choices:
         rows = [_sample_row(choice, places) for choice in choices]
-        flight.pending = sampler.launch(flight.logits, rows, tokens)
+        with _device_of(flight.logits):
+            flight.pending = sampler.launch(flight.logits, rows, tokens)
         flight.choices = choices
         for sequence in {choice.sequence for choice in choices}:
             sequence.ahead += 1
     return flight
+
+
+def read(flight: Flight) -> SampledTokens | None:
+    """What the device chose in a step, waited for; None where the host chooses."""
+    with _device_of(flight.logits):
+        return None if flight.pending is None else flight.pending.result()
 
 
 def land(flight: Flight, sampled: SampledTokens | None) -> tuple[Failures, int]:
@@ -100,7 +108,8 @@ def land(flight: Flight, sampled: SampledTokens | None) -> tuple[Failures, int]:
         batch = flight.batch
         rows = [row for row in batch.rows if row.samples and row.request.active and not row.sequence.finished]
         chosen = sum(1 if row.request.forked else row.request.width for row in rows)
-        return advance(batch, flight.logits), chosen + batch.forced
+        with _device_of(flight.logits):
+            return advance(batch, flight.logits), chosen + batch.forced
     failures: Failures = {}
     for sequence in {choice.sequence for choice in flight.choices}:
         sequence.ahead -= 1
@@ -128,8 +137,13 @@ def seal(flight: Flight) -> None:
     """Seal the blocks that the step's tokens fill, where their slots were assigned before the tokens were known."""
     for sequence in {choice.sequence for choice in flight.choices}:
         known, size = len(sequence.token_ids), sequence.table.block_size
-        if known % size == 0 and sequence.num_computed >= known and not sequence.finished:
+        if known % size == 0 and sequence.num_computed >= known:
             sequence.table.seal(known // size - 1, sequence.block_hash(known // size - 1))
+
+
+def _device_of(logits: torch.Tensor) -> AbstractContextManager[Any]:
+    """Kernels and events belong to the thread's current GPU, which may be another one."""
+    return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
 def _asking(batch: ScheduledBatch) -> list[Request]:

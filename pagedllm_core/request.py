@@ -195,6 +195,15 @@ class Request:
             return self.sequences[0].num_generated > 0
         return len(self.sequences) == self.width
 
+    def undo_step(self) -> None:
+        """Forget a step that was interrupted anywhere; what was rewound chooses the same tokens again."""
+        if not self.forked:
+            for child in self.sequences[1:]:
+                child.rewind()
+            del self.sequences[1:]
+        for sequence in self.sequences:
+            sequence.ahead = 0
+
     @property
     def seats(self) -> int:
         """Sequences it takes, or will take, in a step."""

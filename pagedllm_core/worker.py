@@ -117,7 +117,7 @@ class EngineWorker:
 
     def call(self, function: Callable[[], Result]) -> Result:
         """Run `function` on the engine's thread between two steps, and return its result."""
-        if threading.current_thread() is self._thread or not self.alive:
+        if threading.current_thread() is self._thread or not self._thread.is_alive():
             return function()
         future: Future[Result] = Future()
 

@@ -4,7 +4,7 @@
     python -m tests.mutations swap        # those whose name holds "swap"
 
 A test that cannot fail proves nothing. Each entry is a mistake somebody could make in the pool, the tables, the
-scheduler, swapping or the sampling.
+scheduler, swapping, the sampling or the overlap of steps.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIT = ("engine", "policies", "swapping", "swapping_faults", "prefix_cache", "sampling", "detokenize", "guided")
+UNIT += ("overlap", "device_sampler")
 PROPERTY = ("pool", "simulator", "state_machines", "guided")
 TESTS = [*(f"tests/unit/test_{name}.py" for name in UNIT), *(f"tests/property/test_{name}.py" for name in PROPERTY)]
 log = logging.getLogger("mutations")
@@ -40,6 +41,8 @@ GUIDED, ADVANCE, FINISH = (
     "pagedllm_core/decode/finish.py",
 )
 HASHING, OFFLOAD, ENGINE = "pagedllm_core/kv/hashing.py", "pagedllm_core/kv/offload.py", "pagedllm_core/engine.py"
+MOVES, OVERLAP, REQUEST = "pagedllm_core/moves.py", "pagedllm_core/overlap.py", "pagedllm_core/request.py"
+DEVICE, LAUNCH = "pagedllm_core/decode/device.py", "pagedllm_core/decode/launch.py"
 MUTATIONS = [
     Mutation(
         "a hit does not pin", POOL, "            self._ref[block] += 1\n        return block", "        return block"
@@ -85,7 +88,12 @@ MUTATIONS = [
         "last = (min(target, sequence.num_tokens - 1)) // size",
         "last = sequence.num_tokens // size",
     ),
-    Mutation("sealed one block too early", SCHEDULER, "end // self.block_size):", "-(-end // self.block_size)):"),
+    Mutation(
+        "sealed one block too early",
+        SCHEDULER,
+        "range(start // self.block_size, min(",
+        "range(start // self.block_size, 1 + min(",
+    ),
     Mutation(
         "the oldest is preempted",
         SCHEDULER,
@@ -209,8 +217,8 @@ MUTATIONS = [
     Mutation(
         "sealed one block too late",
         SCHEDULER,
-        "for index in range(start // self.block_size, end // self.block_size):",
-        "for index in range(start // self.block_size, (end - 1) // self.block_size):",
+        "min(end, len(sequence.token_ids)) // self.block_size):",
+        "(min(end, len(sequence.token_ids)) - 1) // self.block_size):",
     ),
     Mutation(
         "cached blocks are admitted twice",
@@ -232,9 +240,9 @@ MUTATIONS = [
     ),
     Mutation(
         "copy on write before swapping out",
-        ENGINE,
-        "        if batch.swap_out:\n            self._timed_copy(self.runner.swap_out, batch.swap_out)\n        if batch.swap_in:\n            self._timed_copy(self.runner.swap_in, batch.swap_in)\n        if batch.copies:\n            self.runner.copy_blocks(batch.copies)\n",
-        "        if batch.copies:\n            self.runner.copy_blocks(batch.copies)\n        if batch.swap_out:\n            self._timed_copy(self.runner.swap_out, batch.swap_out)\n        if batch.swap_in:\n            self._timed_copy(self.runner.swap_in, batch.swap_in)\n",
+        MOVES,
+        "        for copy, moves in (",
+        "        if batch.copies:\n            self._runner.copy_blocks(batch.copies)\n        for copy, moves in (",
     ),
     Mutation("swapped out, but not copied", SCHEDULER, "            batch.swap_out += moves\n", "            pass\n"),
     Mutation(
@@ -415,7 +423,7 @@ MUTATIONS = [
         "guided: what is rejected is not chosen again", ADVANCE, "        tokens[rows] = sample(", "        _ = sample("
     ),
     Mutation(
-        "guided: forced text is added where scores are asked for", ADVANCE, "and _num_logprobs(request) is None", ""
+        "guided: forced text is added where scores are asked for", ADVANCE, "and num_logprobs(request) is None", ""
     ),
     Mutation("guided: a stop string cuts what has a form", FINISH, "may_stop = may_stop and guide.accepting", "pass"),
     Mutation(
@@ -427,8 +435,8 @@ MUTATIONS = [
     Mutation(
         "guided: the pool's room is not looked at",
         "pagedllm_core/intake.py",
-        "limit = min(limit, self._pool_room(",
-        "_ = min(limit, self._pool_room(",
+        "min(limit, self._pool_room(prompt_tokens, params.width))",
+        "limit",
     ),
     Mutation(
         "guided: the smallest output is not looked at",
@@ -438,6 +446,126 @@ MUTATIONS = [
     ),
     Mutation(
         "guided: objects stay open", "pagedllm_core/decode/schema.py", 'done["additionalProperties"] = False', "pass"
+    ),
+    Mutation(
+        "overlap: blocks are sealed before they are full",
+        OVERLAP,
+        "known % size == 0 and sequence.num_computed >= known",
+        "known % size == 0",
+    ),
+    Mutation(
+        "overlap: nothing is sealed",
+        OVERLAP,
+        "        if known % size == 0 and",
+        "        if False and",
+    ),
+    Mutation(
+        "overlap: the newest step is committed",
+        POOL,
+        "        self._pending.popleft()\n",
+        "        self._pending.pop()\n",
+    ),
+    Mutation(
+        "overlap: a second step shares what is pending",
+        POOL,
+        "        self._pending.append(set())\n\n    def commit",
+        "        pass\n\n    def commit",
+    ),
+    Mutation(
+        "overlap: a second step shares what is swapped",
+        OFFLOAD,
+        "        self._pending.append([])\n\n    def commit",
+        "        pass\n\n    def commit",
+    ),
+    Mutation(
+        "overlap: only the newest step is withdrawn",
+        POOL,
+        "set().union(*self._pending)",
+        "list(self._pending[-1])",
+    ),
+    Mutation(
+        "overlap: a step that fails stays ahead",
+        ENGINE,
+        "        except Exception:\n            forget(flight)\n            raise",
+        "        except Exception:\n            raise",
+    ),
+    Mutation(
+        "overlap: the step after it stays ahead",
+        ENGINE,
+        "                forget(self._flight)\n",
+        "                pass\n",
+    ),
+    Mutation(
+        "overlap: the step after it is read",
+        ENGINE,
+        "            self._flight = None\n            self._recover(flight.batch",
+        "            self._recover(flight.batch",
+    ),
+    Mutation(
+        "overlap: a short pool is not looked at",
+        SCHEDULER,
+        "if sum(map(self._decode_blocks, decoding)) > self.pool.num_available:",
+        "if False:",
+    ),
+    Mutation(
+        "overlap: scored prompts are not asked",
+        OVERLAP,
+        "if row.samples or wants_prompt_logprobs(row.request)))",
+        "if row.samples))",
+    ),
+    Mutation(
+        "overlap: a suspect has company",
+        ENGINE,
+        "if flight.allows_another and suspect is None:",
+        "if flight.allows_another:",
+    ),
+    Mutation(
+        "overlap: a finished sequence takes its token",
+        OVERLAP,
+        "if choice.sequence.finished or choice.request in failures:",
+        "if choice.request in failures:",
+    ),
+    Mutation(
+        "overlap: a failed request takes its token",
+        OVERLAP,
+        "if choice.sequence.finished or choice.request in failures:",
+        "if choice.sequence.finished:",
+    ),
+    Mutation(
+        "overlap: an ended request chooses",
+        ADVANCE,
+        "if sequence.finished or request.state is RequestState.FINISHED:",
+        "if sequence.finished:",
+    ),
+    Mutation(
+        "overlap: a buffer is written while it is read",
+        LAUNCH,
+        "            earlier.settle()",
+        "            pass",
+    ),
+    Mutation(
+        "overlap: a waiting copy is measured",
+        MOVES,
+        "                if alone:\n",
+        "                if True:\n",
+    ),
+    Mutation(
+        "overlap: an interrupted step stays ahead",
+        REQUEST,
+        "            sequence.ahead = 0\n\n",
+        "            pass\n\n",
+    ),
+    Mutation(
+        "overlap: an interrupted fork is made twice",
+        REQUEST,
+        "            del self.sequences[1:]\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "overlap: closing keeps the step under way",
+        ENGINE,
+        "self._closed, self._flight = True, None",
+        "self._closed = True",
     ),
 ]
 

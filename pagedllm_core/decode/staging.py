@@ -172,7 +172,7 @@ class Staging:
 
     def __init__(self, device: torch.device, max_rows: int) -> None:
         self._device, self._max_rows = device, max_rows
-        self._tail = _aligned(2 * max_rows) + max_rows * (ROW.itemsize // 4)
+        self._tail = _aligned(2 * max_rows) + _aligned(max_rows * (ROW.itemsize // 4))
         self._grow(self._tail + 1024)
 
     def _grow(self, size: int) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +112,7 @@ class KVStorage:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._is_pinned = device.type == "cuda"
+        self._pinned: list[torch.Tensor] = []
         self._pools: list[torch.Tensor] = []
         self._host: list[torch.Tensor] = []
         self._layers: list[torch.Tensor] = [torch.empty(0)] * len(layers)
@@ -124,8 +125,9 @@ class KVStorage:
             if num_host_blocks:
                 shape = (2, len(members), geometry.kv_heads, num_host_blocks, block_size, width)
                 self._host.append(lazy_zeros(shape, dtype, torch.device("cpu")))
-                if self._is_pinned:
+                if device.type == "cuda":
                     pin(self._host[-1])
+                    self._pinned.append(self._host[-1])
             for place, number in enumerate(members):
                 self._layers[number] = pool[:, place]
 
@@ -165,11 +167,15 @@ class KVStorage:
         """Bytes of all pools (on a CPU: reserved, not necessarily touched)."""
         return sum(pool.nbytes for pool in self._pools)
 
+    def __del__(self) -> None:
+        with suppress(Exception):  # the interpreter may be going
+            self.free()
+
     def free(self) -> None:
-        """Drop the tensors. The storage cannot be used afterwards."""
-        for host in self._host if self._is_pinned else ():
+        """Drop the tensors, and unlock what was locked. The storage cannot be used afterwards."""
+        while self._pinned:
             torch.cuda.synchronize(self._pools[0].device)  # nothing may be under way
-            unpin(host)
+            unpin(self._pinned.pop())
         self._pools.clear()
         self._host.clear()
         self._layers.clear()

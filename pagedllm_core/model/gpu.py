@@ -5,7 +5,7 @@
                     ─ gate and up product ─ SiLU·mul ─ down product ─ add + norm of the next layer
       at the end    the rows whose logits are wanted ─ head product
 
-Five launches of our own in a layer; the four products are cuBLAS's. Which models fit, and the proof: see `parts.py`.
+Six launches of our own in a layer; the four products are cuBLAS's. Which models fit, and the proof: see `parts.py`.
 Nothing in a step looks at data on the host, so that a step over static tensors can be a CUDA graph (`graphs.py`).
 """
 

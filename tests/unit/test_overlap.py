@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from pagedllm_core.attention.base import ForwardBatch
+from pagedllm_core.decode.advance import advance
 from pagedllm_core.decode.device import DeviceSampler, Pending
 from pagedllm_core.engine import Engine
 from pagedllm_core.errors import RequestFailedError
 from pagedllm_core.outputs import RequestOutput
 from pagedllm_core.params import GuidedParams, SamplingParams
+from pagedllm_core.streams import merge_outputs
 from tests.fakes import FakeRunner, expected_greedy, fake_engine, run_all
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -267,3 +273,147 @@ def test_aborting_what_the_host_has_yet_to_choose_for(kind: str) -> None:
     assert sorted(ends) == ["other", "victim"]
     assert not any(output.error for output in results)
     assert tokens(results[-1]) == [expected_greedy([1, 2, 3], 9, 61)]
+
+
+HOOKS = {"run": "runner", "launch": "sampler", "result": "sampler", "schedule": "scheduler", "commit": "scheduler"}
+
+
+@pytest.mark.parametrize(
+    ("hook", "overlaps"),
+    [*((hook, True) for hook in HOOKS), *((hook, False) for hook, owner in HOOKS.items() if owner != "sampler")],
+)
+def test_an_interrupted_step_loses_nothing(hook: str, overlaps: bool) -> None:
+    interrupted = 0
+    for wanted in range(1, 200):
+        engine = fake_engine(FakeRunner(overlaps=overlaps, num_blocks=12, generation_defaults={}))
+        calls = interrupt(engine, hook, wanted)
+        for number in range(3):
+            engine.add([number, 1, 2], SamplingParams(n=2, seed=number, max_tokens=9), request_id=f"pair {number}")
+            engine.add([number, 3, 2, 4, 5], GREEDY, request_id=f"greedy {number}")
+        pieces: dict[str, list[RequestOutput]] = {}
+        while engine.has_unfinished:
+            try:
+                for output in engine.step():
+                    assert output.error is None
+                    pieces.setdefault(output.request_id, []).append(output)
+            except KeyboardInterrupt:
+                interrupted += 1
+            engine.check()
+        found = {name: tokens(merge_outputs(outputs)) for name, outputs in pieces.items()}
+        assert found == undisturbed(), f"interrupted at call {wanted} of {hook}"
+        assert engine.stats().kv_blocks_used == 0
+        if calls[0] < wanted:
+            break
+    assert interrupted > 5
+
+
+def interrupt(engine: Engine, hook: str, wanted: int) -> list[int]:
+    """Raise KeyboardInterrupt at one call; how many there were."""
+    calls, sampler = [0], engine.runner.sampler
+
+    def counted(original: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == wanted:
+                raise KeyboardInterrupt
+            return original(*arguments, **named)
+
+        return call
+
+    if hook == "result":
+        assert sampler is not None
+        launch = sampler.launch
+
+        class Interrupted:
+            def __init__(self, pending: Pending) -> None:
+                self.tokens, self.result = pending.tokens, counted(pending.result)
+
+        sampler.launch = lambda *arguments: Interrupted(launch(*arguments))  # type: ignore[method-assign]
+        return calls
+    owner = {"runner": engine.runner, "sampler": sampler, "scheduler": engine.scheduler}[HOOKS[hook]]
+    setattr(owner, hook, counted(getattr(owner, hook)))
+    return calls
+
+
+@functools.cache
+def undisturbed() -> dict[str, list[list[int]]]:
+    engine = fake_engine(FakeRunner(generation_defaults={}))
+    for number in range(3):
+        engine.add([number, 1, 2], SamplingParams(n=2, seed=number, max_tokens=9), request_id=f"pair {number}")
+        engine.add([number, 3, 2, 4, 5], GREEDY, request_id=f"greedy {number}")
+    return {name: tokens(output) for name, output in run_all(engine).items()}
+
+
+def test_a_copy_that_waits_for_a_step_is_not_measured() -> None:
+    engine, runner = overlapping(num_blocks=9, num_host_blocks=40)
+    under_way, samples = [], 0
+    costs = engine.scheduler.swap.costs
+    costs.swapping_pays = lambda blocks, tokens: True  # type: ignore[method-assign]
+
+    def add(amount: float, seconds: float) -> None:
+        nonlocal samples
+        samples += 1
+
+    costs.copy.add = add  # type: ignore[method-assign]
+
+    def noted(original: Any) -> Any:
+        def copy(moves: list[tuple[int, int]]) -> None:
+            under_way.append(engine._flight is not None)
+            original(moves)
+
+        return copy
+
+    runner.swap_out, runner.swap_in = noted(runner.swap_out), noted(runner.swap_in)  # type: ignore[method-assign]
+    for number in range(4):
+        engine.add([number, 1, 2, 3, 4, 5], GREEDY, request_id=str(number))
+    run_all(engine)
+    assert any(under_way)
+    assert samples == under_way.count(False) > 0
+
+
+def test_closing_lets_the_step_under_way_go() -> None:
+    engine, _ = overlapping()
+    engine.add([1, 2, 3], GREEDY)
+    engine.step()
+    engine.step()
+    logits = weakref.ref(engine._flight.logits) if engine._flight else None
+    engine.close()
+    assert logits is not None
+    assert logits() is None
+    engine.take_outputs()
+    assert not engine.has_unfinished
+
+
+def test_whatever_touches_the_device_outside_the_runner_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, seen = [0], []
+
+    @contextmanager
+    def device_of(logits: torch.Tensor) -> Iterator[None]:
+        inside[0] += 1
+        yield
+        inside[0] -= 1
+
+    monkeypatch.setattr("pagedllm_core.overlap._device_of", device_of)
+    monkeypatch.setattr("pagedllm_core.overlap.advance", lambda *some: seen.append(inside[0]) or advance(*some))
+    engine, runner = overlapping()
+    assert runner.sampler is not None
+    launch = runner.sampler.launch
+
+    class Noted:
+        def __init__(self, pending: Pending) -> None:
+            self.pending, self.tokens = pending, pending.tokens
+
+        def result(self) -> Any:
+            seen.append(inside[0])
+            return self.pending.result()
+
+    def note(*arguments: Any) -> Pending:
+        seen.append(inside[0])
+        return Noted(launch(*arguments))
+
+    runner.sampler.launch = note  # type: ignore[method-assign]
+    engine.add([1, 2, 3], GREEDY)
+    engine.add([1, 2, 3], SamplingParams(n=2, use_beam_search=True, temperature=0, max_tokens=4))
+    run_all(engine)
+    assert all(seen)
+    assert len(seen) > 10

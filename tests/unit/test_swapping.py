@@ -50,7 +50,7 @@ def swap_out_now(engine: Engine, request_id: str) -> None:
     """Preempt a running request between two steps, so that a test chooses who is swapped out and when."""
     batch = ScheduledBatch()
     engine.scheduler.preempt(engine._requests[request_id], batch)
-    engine._move_blocks(batch)
+    engine._mover.move(batch)
     assert engine.stats().swapped == 1
 
 

@@ -31,8 +31,9 @@ HOOKS: dict[str, Callable[[Engine], Any]] = {
 }
 
 
-def swapping_engine() -> Engine:
-    engine = fake_engine(FakeRunner(num_blocks=9, generation_defaults={}, num_host_blocks=40))
+def swapping_engine(overlaps: bool) -> Engine:
+    runner = FakeRunner(num_blocks=9, generation_defaults={}, num_host_blocks=40, overlaps=overlaps)
+    engine = fake_engine(runner)
     engine.scheduler.swap.costs = Always()
     for number in range(3):
         greedy = SamplingParams(temperature=0, max_tokens=9)
@@ -47,11 +48,12 @@ def answers(engine: Engine) -> dict[str, list[list[int]]]:
     return {request_id: [part.token_ids for part in output.outputs] for request_id, output in outputs.items()}
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_a_fault_at_each_call_of_each_hook(hook: str) -> None:
-    clean = answers(swapping_engine())
+def test_a_fault_at_each_call_of_each_hook(hook: str, overlaps: bool) -> None:
+    clean = answers(swapping_engine(overlaps))
     for wanted in range(1, 400):
-        engine = swapping_engine()
+        engine = swapping_engine(overlaps)
         owner, name, calls = HOOKS[hook](engine), hook.split()[-1], 0
         original = getattr(owner, name)
 
