@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from typing import TypeVar
 
 from pagedllm_core.errors import InvalidRequestError
 
 Format = TypeVar("Format")
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_CALL_ID = "[CALL_ID]"
 
 
 @dataclass(frozen=True)
 class ToolFormat:
     """How a reply writes its tool calls.
 
-        begin  between { "name": ..., "<arguments>": {...} } between ... end
+        begin  { "name": ..., "<arguments>": {...} }  separator ... end
+        begin  name <mark> {...}  separator ... end
 
     Attributes:
         name: What `tool_parser` calls it.
@@ -23,6 +28,7 @@ class ToolFormat:
         each: True where every call has its own `begin` and `end`.
         separator: Between two calls.
         arguments: The key of the arguments.
+        mark: Between a name that stands bare and the arguments; empty where both stand in a JSON object.
     """
 
     name: str
@@ -31,14 +37,50 @@ class ToolFormat:
     each: bool
     separator: str
     arguments: str = "arguments"
+    mark: str = ""
+
+    def head(self, name: str) -> str:
+        """What is written before a call's arguments."""
+        if self.mark:
+            return name + self.mark
+        return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{self.arguments}": '
+
+    @property
+    def tail(self) -> str:
+        """What is written after a call's arguments."""
+        return "" if self.mark else "}"
+
+    def read_head(self, text: str) -> tuple[str, int] | None:
+        """The name of the call that begins here, and where its arguments do; None where that does not show, or not yet.
+
+        Behind a bare name there may be an id, which is passed over: nothing says that it is unique.
+        """
+        if not self.mark:
+            head = _HEAD.match(text)
+            try:
+                return None if head is None else (json.loads(head.group(1)), head.end())
+            except ValueError:  # an escape that JSON does not know
+                return None
+        before, _, after = text.partition(self.mark)
+        name, arguments = before.partition(_CALL_ID)[0].strip(), after.lstrip()
+        if not name or self.begin in before or not arguments.startswith("{"):
+            return None
+        return name, len(text) - len(arguments)
 
 
 HERMES = ToolFormat("hermes", "<tool_call>\n", "\n</tool_call>", True, "\n")
 LLAMA = ToolFormat("llama3_json", "", "", True, "; ", "parameters")
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS][", "]", False, ", ")
+MISTRAL_V11 = ToolFormat("mistral_v11", "[TOOL_CALLS]", "", True, "", mark="[ARGS]")
 GENERIC = ToolFormat("json", "", "", True, "\n")
-TOOL_FORMATS = {one.name: one for one in (HERMES, LLAMA, MISTRAL, GENERIC)}
-_ALIASES = {"qwen": "hermes", "llama": "llama3_json", "llama4_json": "llama3_json", "generic": "json"}
+TOOL_FORMATS = {one.name: one for one in (HERMES, LLAMA, MISTRAL, MISTRAL_V11, GENERIC)}
+_ALIASES = {
+    "qwen": "hermes",
+    "llama": "llama3_json",
+    "llama4_json": "llama3_json",
+    "mistral_v13": "mistral_v11",
+    "generic": "json",
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +119,7 @@ def tool_format(template: str, given: str | None = None) -> ToolFormat:
     if "<tool_call>" in template:
         return HERMES
     if "[TOOL_CALLS]" in template:
-        return MISTRAL
+        return MISTRAL_V11 if MISTRAL_V11.mark in template else MISTRAL
     if "<|python_tag|>" in template or ('"parameters"' in template and "ipython" in template):
         return LLAMA
     return GENERIC

@@ -139,8 +139,8 @@ class ReplyRules:
         lines = [f"calls: {begin} {body}", f"rest: {after} {body}"] if self._tag else [f"calls: {body}"]
         lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
         for number, tool in enumerate(tools):
-            head = f'{{"name": {json.dumps(tool_name(tool), ensure_ascii=False)}, "{style.arguments}": '
-            lines.append(f'call_{number}: {json.dumps(head, ensure_ascii=False)} arguments_{number} "}}"')
+            head, tail = (write_text(text, added_tokens) for text in (style.head(tool_name(tool)), style.tail))
+            lines.append(f"call_{number}: {head} arguments_{number} {tail}")
             schema = {**tool_parameters(tool), "type": "object"}
             lines.append(f"arguments_{number}: %json {_schema(schema, self.strict)}")
         return lines

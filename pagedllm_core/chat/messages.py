@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +24,32 @@ def template_role(role: str) -> str:
 def simpler_forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[Message]]:
     """Forms of a conversation for a template that refused it, the least changed first.
 
-    First, a system message after the start becomes a user's, and neighbours of the same role become one turn; then the
-    first system message is put in front of the user's first turn as well.
+    First, the ids of calls become nine letters and digits, as Mistral's templates demand; then a system message after
+    the start becomes a user's, and neighbours of the same role become one turn; then the first system message is put
+    in front of the user's first turn as well.
     """
-    merged = _merge_neighbours(_fold_late_system(messages))
-    if merged != [dict(message) for message in messages]:
+    short = [_with_short_ids(message) for message in messages]
+    if short != [dict(message) for message in messages]:
+        yield short
+    merged = _merge_neighbours(_fold_late_system(short))
+    if merged != short:
         yield merged
     if len(merged) > 1 and merged[0]["role"] == "system":
         yield _merge_neighbours([{**merged[0], "role": "user"}, *merged[1:]])
+
+
+def _with_short_ids(message: Mapping[str, Any]) -> Message:
+    changed = _with_short_id(message, "tool_call_id")
+    if calls := message.get("tool_calls"):
+        changed["tool_calls"] = [_with_short_id(call, "id") for call in calls]
+    return changed
+
+
+def _with_short_id(named: Mapping[str, Any], key: str) -> dict[str, Any]:
+    identity = named.get(key)
+    if not isinstance(identity, str) or re.fullmatch("[A-Za-z0-9]{9}", identity):
+        return dict(named)
+    return {**named, key: hashlib.sha256(identity.encode(errors="replace")).hexdigest()[:9]}
 
 
 def _fold_late_system(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -47,7 +67,7 @@ def with_listed_tools(
 ) -> list[Message]:
     """The conversation for a template that knows no tools: they are listed in the system message."""
     lines = [json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools]
-    example = f'{written.begin}{{"name": <name>, "{written.arguments}": <arguments>}}{written.end}'
+    example = f"{written.begin}{written.head('<name>')}<arguments>{written.tail}{written.end}"
     text = "You can call these functions:\n" + "\n".join(lines) + f"\nTo call one, answer with {example}"
     first, rest = (messages[0], messages[1:]) if messages and messages[0]["role"] == "system" else (None, messages)
     content = text if first is None else _join(first.get("content"), text)

@@ -8,15 +8,12 @@ What is certain is passed on at once; what may be the beginning of a tag or of a
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pagedllm_core.chat.formats import ReasoningFormat, ToolFormat
 from pagedllm_core.chat.tools import InvalidToolCall, Reply, ToolCall, as_call
-
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
 
 @dataclass(frozen=True)
@@ -171,12 +168,15 @@ class ReplyReader:
 
     def _read_call(self, last: bool) -> bool:
         """Within a call: its arguments are passed on as they come."""
-        if self._current is None:
-            head = _HEAD.match(self._held)
+        tools = self.style.tools
+        if self._current is None and tools is not None:
+            head = tools.read_head(self._held)
             if head is not None:
-                self._begin(json.loads(head.group(1)), head.end())
+                self._begin(*head)
         if self._current is not None:
             return self._read_arguments(last)
+        if tools is not None and tools.mark:
+            return self._skip_call(tools, last)
         body = self._held.lstrip()
         try:
             value, end = json.JSONDecoder().raw_decode(body)
@@ -186,6 +186,14 @@ class ReplyReader:
                 self._held = ""
             return False
         return self._whole(body, value, end)
+
+    def _skip_call(self, tools: ToolFormat, last: bool) -> bool:
+        """What shows no name and arguments up to the next call, or to the end, is none."""
+        text, begin, rest = self._held.partition(tools.begin)
+        if begin or last:
+            self._fail(text, f"no name, {tools.mark} and arguments")
+            self._held = begin + rest
+        return bool(begin) and self._go("text", leading=True)
 
     def _whole(self, body: str, value: object, end: int) -> bool:
         """A value that is complete, in another form than the usual one."""
@@ -233,7 +241,7 @@ class ReplyReader:
         rest = text[self._place :].lstrip()
         if not rest and not last:
             return False
-        self._held = rest.removeprefix("}")
+        self._held = rest.removeprefix(self.style.tools.tail if self.style.tools else "")
         self._current, self._calls, self._place = None, self._calls + 1, 0
         return self._after()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pagedllm_core.chat.template import ChatTemplate
 from pagedllm_core.errors import InvalidRequestError
+from tests.mistral import V11
 
 CHATML = (
     "{%- for message in messages %}\n"
@@ -186,3 +189,19 @@ def test_a_strict_template_gets_a_simpler_form_only_where_it_is_asked_for():
     )
     assert ChatTemplate(FakeTokenizer(), CHATML).render(chat, simplify=True).count("<|im_start|>") == 6
     assert chat[1] == {"role": "user", "content": "One."}
+
+
+def test_ids_of_calls_become_short_only_where_others_are_refused():
+    calls = [{"id": one, "function": {"name": "add", "arguments": {}}} for one in ("call_1", "a1B2c3D4e", "call_2")]
+    results = [{"role": "tool", "content": "3", "tool_call_id": call["id"]} for call in calls]
+    chat = [{"role": "assistant", "content": "", "tool_calls": calls}, *results]
+    text = ChatTemplate(None, V11).render(chat, simplify=True)
+    ids = re.findall(r"\[CALL_ID\](.*?)\[ARGS\]", text)
+    assert ids == re.findall(r"\[TOOL_RESULTS\](.{9})3\[", text)
+    assert len(set(ids)) == 3
+    assert ids[1] == "a1B2c3D4e"
+    assert all(re.fullmatch("[a-zA-Z0-9]{9}", one) for one in ids)
+    shown = "{% for message in messages %}{{ message.tool_call_id }} {% endfor %}"
+    assert ChatTemplate(None, shown).render(chat, simplify=True).split() == [call["id"] for call in calls]
+    with pytest.raises(InvalidRequestError, match="9 characters"):
+        ChatTemplate(None, V11).render([{**chat[0], "tool_calls": [{**calls[0], "id": None}]}], simplify=True)

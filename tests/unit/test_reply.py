@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -11,22 +12,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import pagedllm_core
-from pagedllm_core.chat.formats import GENERIC, HERMES, LLAMA, MAGISTRAL, MISTRAL, THINK, reasoning_format, tool_format
+from pagedllm_core.chat.formats import (
+    GENERIC,
+    HERMES,
+    LLAMA,
+    MAGISTRAL,
+    MISTRAL,
+    MISTRAL_V11,
+    THINK,
+    ReasoningFormat,
+    ToolFormat,
+    reasoning_format,
+    tool_format,
+)
 from pagedllm_core.chat.grammar import ReplyRules
+from pagedllm_core.chat.messages import with_listed_tools
 from pagedllm_core.chat.reply import Piece, ReplyReader, ReplyStyle, collect, read_reply
+from pagedllm_core.chat.template import ChatTemplate
 from pagedllm_core.chat.tools import AUTO, Reply, ToolChoice, tool_choice
 from pagedllm_core.decode.grammar import GrammarCompiler
 from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.params import GuidedParams
+from tests.mistral import BUNDLED, V11, V13, mistral_like
 
-CALLS = [("add", {"a": 1, "b": -2}), ("say", {"text": 'a "quoted" \\ {brace} ü </tool_call>'}), ("now", {})]
+CALLS = [("add", {"a": 1, "b": -2}), ("say", {"text": 'a "quoted" \\ {brace} ü </tool_call>[ARGS]'}), ("now", {})]
 
 
 def written(style: ReplyStyle, calls: list[tuple[str, dict[str, Any]]]) -> str:
     """Calls in the format of a family."""
     tools = style.tools or HERMES
     bodies = [json.dumps({"name": name, tools.arguments: arguments}, ensure_ascii=False) for name, arguments in calls]
+    if tools is MISTRAL_V11:
+        bodies = [f"{name}[ARGS]{json.dumps(arguments, ensure_ascii=False)}" for name, arguments in calls]
     if tools.each:
         return tools.separator.join(tools.begin + body + tools.end for body in bodies)
     return tools.begin + tools.separator.join(bodies) + tools.end
@@ -43,7 +60,7 @@ def names_and_arguments(reply: Reply) -> list[tuple[str, dict[str, Any]]]:
     return [(call.name, call.arguments) for call in reply.tool_calls]
 
 
-FORMATS = [HERMES, LLAMA, MISTRAL, GENERIC]
+FORMATS = [HERMES, LLAMA, MISTRAL, MISTRAL_V11, GENERIC]
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=lambda one: one.name)
@@ -57,16 +74,24 @@ def test_calls_of_every_family(tools, count):
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=lambda one: one.name)
+def test_the_example_in_a_list_of_tools_is_read_as_a_call(tools):
+    (message,) = with_listed_tools([], [{"name": "add"}], tools)
+    _, example = message["content"].split("To call one, answer with ")
+    reply = read_reply(example.replace("<arguments>", '{"a": 1}'), ReplyStyle(tools=tools, names=["<name>"]))
+    assert (names_and_arguments(reply), reply.content, reply.invalid) == ([("<name>", {"a": 1})], "", [])
+
+
+@pytest.mark.parametrize("tools", FORMATS, ids=lambda one: one.name)
 @pytest.mark.parametrize("reasoning", [None, THINK, MAGISTRAL], ids=["plain", "think", "magistral"])
 @given(data=st.data())
 def test_a_stream_gives_what_the_whole_gives(tools, reasoning, data):
     style = ReplyStyle(tools=tools, names=["add", "say", "now"], reasoning=reasoning)
-    parts = ["Sure. ", "<", "<tool", "\n", "[", "{x}", "think>", "ok"]
+    parts = ["Sure. ", "<", "<tool", "\n", "[", "[TOOL_", "CALLS]", "[ARGS]", "add", '{"a": 1}', "{x}", "think>", "ok"]
     text = "".join(data.draw(st.lists(st.sampled_from(parts), max_size=5)))
     if reasoning and data.draw(st.booleans()):
         text = f"{reasoning.begin}\nlet me {text}\n{reasoning.end}\n\n{text}"
     if data.draw(st.booleans()) and (tools.begin or not text.strip()):
-        text += written(style, CALLS[: data.draw(st.integers(1, 3))])
+        text += written(style, CALLS[: data.draw(st.integers(1, 3))]) + data.draw(st.sampled_from(["", *parts]))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     whole = read_reply(text, style)
     pieces = streamed(text, style, cuts)
@@ -139,6 +164,52 @@ def test_other_forms_of_a_call_are_read():
         assert names_and_arguments(read_reply(f"<tool_call>{body}</tool_call>", style)) == [("a", {"x": 1})]
 
 
+@pytest.mark.parametrize("begin", ["add[ARGS]", " add [ARGS]\n", "add[CALL_ID]a1B2c3D4e[ARGS]", "add[CALL_ID][ARGS] "])
+def test_calls_with_bare_names_in_every_cut(begin):
+    style = ReplyStyle(tools=MISTRAL_V11, names=["add"])
+    text = f'Sure.\n[TOOL_CALLS]{begin}{{"a": 1}}\n[TOOL_CALLS]{begin}{{"a": "[TOOL_CALLS]x[ARGS]{{}}"}}}} Done.'
+    for cuts in (*([cut] for cut in range(len(text))), list(range(1, len(text)))):
+        reply = collect(streamed(text, style, cuts))
+        assert names_and_arguments(reply) == [("add", {"a": 1}), ("add", {"a": "[TOOL_CALLS]x[ARGS]{}"})]
+        assert (reply.content, reply.invalid) == ("Sure.} Done.", [])
+        assert "a1B2c3D4e" not in {call.id for call in reply.tool_calls}
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "add", "add{}", "add[ARGS]", "add[ARGS]x{}", "[ARGS]{}", 'null[ARGS]"x"', '{"name": 1}']
+)
+def test_what_has_no_bare_name_and_arguments_is_reported(wrong):
+    style = ReplyStyle(tools=MISTRAL_V11, names=["add"])
+    text = f"[TOOL_CALLS]{wrong}"
+    for cuts in (*([cut] for cut in range(len(text))), list(range(1, len(text)))):
+        reply = collect(streamed(text + written(style, CALLS[:1]), style, cuts))
+        assert names_and_arguments(reply) == CALLS[:1]
+        for found in (reply, collect(streamed(text, style, cuts))):
+            assert [(one.text, one.error) for one in found.invalid] == [(text, "no name, [ARGS] and arguments")]
+            assert found.content == ""
+    cut_off = read_reply('[TOOL_CALLS]add[ARGS]{"a": 1', style)
+    assert [(one.name, one.text) for one in cut_off.invalid] == [("add", '{"a": 1')]
+
+
+@pytest.mark.parametrize("template", [V11, V13], ids=["v11", "v13"])
+@given(
+    calls=st.lists(
+        st.tuples(st.sampled_from(["add", "null", "2 fast"]), st.dictionaries(st.text(), st.text())), min_size=1
+    )
+)
+def test_calls_come_back_from_the_template(template, calls):
+    listed = [
+        {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for number, (name, arguments) in enumerate(calls)
+    ]
+    turn = {"role": "assistant", "content": "Sure.", "tool_calls": listed}
+    text = ChatTemplate(None, template).render([turn], simplify=True).removesuffix("<|im_end|>")
+    reply = read_reply(text, ReplyStyle(tools=tool_format(template)))
+    assert (names_and_arguments(reply), reply.content, reply.invalid) == (calls, "Sure.", [])
+    if template is V13:
+        assert text == "Sure." + written(ReplyStyle(tools=MISTRAL_V11), calls)
+
+
 def test_what_follows_calls_streams_as_it_is():
     style = ReplyStyle(tools=LLAMA, names=["get"])
     text = '{"name": "get", "parameters": {}}hello\n{"a": 1}'
@@ -156,44 +227,86 @@ def test_an_answer_in_json_may_hold_tags():
     assert names_and_arguments(read_reply(written(style, CALLS[:2]), style)) == CALLS[:2]
 
 
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+OFFERED = [{"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in ("add", "sub")]
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Grammars:
+    """What the grammars of replies accept; by default every character is tokens of its own."""
+
+    compiler: GrammarCompiler
+    tools: ToolFormat
+    reasoning: ReasoningFormat | None = None
+    added: Mapping[str, int] = field(default_factory=dict)
+    encode: Encode | None = None
+
+    def accepts(self, choice: ToolChoice, text: str, parallel: bool = True, schema: Any = None) -> bool:
+        rules = ReplyRules(OFFERED, choice, parallel, False, schema, self.tools, self.reasoning, False)
+        compiled = self.compiler.compile(GuidedParams(grammar=rules.grammar(self.added)))
+        spell = compiled.vocabulary.tokenizer.tokenize_str
+        ids = self.encode(text) if self.encode else [one for character in text for one in spell(character)]
+        return compiled.vocabulary.completes(compiled.matcher, ids)
+
+
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
-    tokenizer = AutoTokenizer.from_pretrained(Path(pagedllm_core.__file__).parent / "bundled" / "tiny")
-    return GrammarCompiler(tokenizer, 2048, (2041, 2039))
+    return GrammarCompiler(AutoTokenizer.from_pretrained(BUNDLED), 2048, (2041, 2039))
+
+
+def check_grammars(grammars: Grammars) -> None:
+    accepts, style, reasoning = grammars.accepts, ReplyStyle(tools=grammars.tools), grammars.reasoning
+    thought = f"{reasoning.begin}hm, yes{reasoning.end}\n\n" if reasoning else ""
+    call, wrong = written(style, [("add", {"a": 1})]), written(style, [("add", {"a": "1"})])
+    two = written(style, [("add", {"a": 1}), ("sub", {"a": 2})])
+    required, named, none = ToolChoice("required"), ToolChoice("required", "sub"), ToolChoice("none")
+    for before in {"", thought}:
+        assert accepts(AUTO, f"{before}Hi there")
+        assert accepts(AUTO, before + call)
+        assert accepts(AUTO, before + two)
+        assert not accepts(AUTO, before + two, parallel=False)
+        assert not accepts(AUTO, before + wrong)
+        assert not accepts(AUTO, before + written(style, [("mul", {"a": 1})]))
+        assert not accepts(AUTO, f"{before} {wrong}" if not style.tools.begin else before + "Sure. " + wrong)
+        assert accepts(required, before + call)
+        assert accepts(required, before + two)
+        assert not accepts(required, before + two, parallel=False)
+        assert not accepts(required, f"{before}Hi there")
+        assert accepts(named, before + written(style, [("sub", {"a": 1})]))
+        assert not accepts(named, before + call)
+        assert accepts(none, f"{before}Hi there")
+        for schema_choice, taken in ((AUTO, True), (required, False)):
+            assert accepts(schema_choice, before + call, schema=PARAMETERS)
+            if style.tools.begin:
+                assert accepts(schema_choice, before + '{"a": 1}', schema=PARAMETERS) is taken
+            assert not accepts(schema_choice, f"{before}Hi there", schema=PARAMETERS)
+        if style.tools.begin:
+            assert accepts(AUTO, f"{before}Sure.\n{call}")
+            assert not accepts(none, f"{before}Sure.\n{call}")
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=lambda one: one.name)
 @pytest.mark.parametrize("reasoning", [None, THINK, MAGISTRAL], ids=["plain", "think", "magistral"])
 def test_grammars_where_tags_are_plain_text(compiler, tools, reasoning):
-    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    offered = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
+    check_grammars(Grammars(compiler, tools, reasoning))
 
-    def accepts(choice: ToolChoice, text: str) -> bool:
-        rules = ReplyRules(offered, choice, True, False, None, tools, reasoning, False)
-        compiled = compiler.compile(GuidedParams(grammar=rules.grammar({})))
-        ids = [one for character in text for one in compiled.vocabulary.tokenizer.tokenize_str(character)]
-        return compiled.vocabulary.completes(compiled.matcher, ids)
 
-    thought = f"{reasoning.begin}hm, yes{reasoning.end}\n\n" if reasoning else ""
-    style = ReplyStyle(tools=tools)
-    call, wrong = written(style, [("add", {"a": 1})]), written(style, [("add", {"a": "1"})])
-    for before in {"", thought}:
-        assert accepts(AUTO, f"{before}Hi there")
-        assert accepts(AUTO, before + call)
-        assert accepts(AUTO, before + written(style, [("add", {"a": 1}), ("add", {"a": 2})]))
-        assert not accepts(AUTO, before + wrong)
-        assert not accepts(AUTO, f"{before} {wrong}" if not tools.begin else before + "Sure. " + wrong)
-        assert accepts(ToolChoice("required"), before + call)
-        assert not accepts(ToolChoice("required"), f"{before}Hi there")
-        assert accepts(ToolChoice("none"), f"{before}Hi there")
-        if tools.begin:
-            assert accepts(AUTO, f"{before}Sure.\n{call}")
-            assert not accepts(ToolChoice("none"), f"{before}Sure.\n{call}")
+@pytest.mark.parametrize("tools", [HERMES, MISTRAL_V11], ids=lambda one: one.name)
+def test_grammars_where_tags_are_added_tokens(tmp_path, tools):
+    folder = BUNDLED if tools is HERMES else mistral_like(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    compiler, added = GrammarCompiler(tokenizer, 2048, (2041, 2039)), tokenizer.get_added_vocab()
+    check_grammars(Grammars(compiler, tools, None, added, encode=lambda text: tokenizer(text)["input_ids"]))
+    call = written(ReplyStyle(tools=tools), [("add", {"a": 1})])
+    assert not Grammars(compiler, tools, None, added).accepts(ToolChoice("required"), call)
 
 
 def test_formats_are_found_in_templates():
     assert tool_format("{{ '<tool_call>' }}") is HERMES
     assert tool_format("[TOOL_CALLS]") is MISTRAL
+    assert tool_format(V11) is tool_format(V13) is MISTRAL_V11
+    assert tool_format("[TOOL_CALLS]", "mistral_v13") is tool_format("", "mistral_v11") is MISTRAL_V11
     assert tool_format('<|python_tag|> "parameters"') is LLAMA
     assert tool_format("nothing") is GENERIC
     assert tool_format("<tool_call>", "mistral") is MISTRAL
@@ -238,3 +351,10 @@ def test_choices_that_name_no_tool_are_refused():
         tool_choice("any", [])
     with pytest.raises(InvalidRequestError, match=r"tools: .* has no name"):
         tool_choice("add", [{"type": "function"}])
+
+
+def test_a_name_that_is_no_json_string_is_no_call() -> None:
+    style = ReplyStyle(tools=HERMES)
+    pieces = read_reply('<tool_call>\n{"name": "a\\q", "arguments": {}}\n</tool_call>', style)
+    assert not pieces.calls
+    assert len(pieces.invalid) == 1
