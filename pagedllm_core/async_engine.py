@@ -53,7 +53,7 @@ class AsyncEngine:
     """A paged engine on a thread of its own; all its callers share one batch.
 
     Args:
-        config: What the engine is; or give its fields as keyword arguments.
+        config: What the engine is, or the model's name; or give its fields as keyword arguments.
         runner: A loaded model (for tests); by default the one that the configuration names is loaded.
         **fields: Fields of `EngineConfig`, where `config` is not given.
 
@@ -62,10 +62,10 @@ class AsyncEngine:
         InvalidRequestError: A configuration field cannot be served.
     """
 
-    def __init__(self, config: EngineConfig | None = None, *, runner: Runner | None = None, **fields: Any) -> None:
-        if config is not None and fields:
-            raise TypeError(f"give a config or its fields, not both: {', '.join(fields)}")
-        self.config = EngineConfig(**fields) if config is None else config
+    def __init__(
+        self, config: EngineConfig | str | None = None, *, runner: Runner | None = None, **fields: Any
+    ) -> None:
+        self.config = EngineConfig.of(config, fields)
         self._worker = EngineWorker(Engine(self.config, runner=runner))
         _WORKERS.add(self._worker)
         self._tokenizing: dict[str, bool] = {}  # ids that the caller chose, and whether they were aborted meanwhile

@@ -94,6 +94,20 @@ class EngineConfig(ValidatedModel):
     max_logprobs: int = Field(20, ge=0, description="Cap of `logprobs` and `prompt_logprobs`.")
     max_stop_strings: int = Field(64, ge=0, description="Cap of the number of stop strings.")
 
+    @classmethod
+    def of(cls, config: EngineConfig | str | None, fields: dict[str, Any]) -> EngineConfig:
+        """A configuration given whole, or by the model's name and further fields, or by fields alone.
+
+        Raises:
+            InvalidRequestError: A field cannot be served.
+            TypeError: Both a whole configuration and fields are given.
+        """
+        if isinstance(config, EngineConfig):
+            if fields:
+                raise TypeError(f"give a config or its fields, not both: {', '.join(fields)}")
+            return config
+        return cls(**({} if config is None else {"model": config}), **fields)
+
     @field_validator("kv_cache_memory", mode="before")
     @classmethod
     def _parse_memory(cls, value: int | str | None) -> int | None:

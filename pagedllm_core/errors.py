@@ -63,6 +63,18 @@ class EngineClosedError(PagedLLMError):
     """The engine was closed, before or while the request ran."""
 
 
+def check_unicode(field: str, text: str) -> None:
+    """Refuse a text that no tokenizer can read.
+
+    Raises:
+        InvalidRequestError: It holds half of a character (a lone surrogate).
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"{field}: is not valid Unicode ({error}); remove lone surrogates") from None
+
+
 def as_failure(request_id: str, error: Exception) -> PagedLLMError:
     """What the owner of a failed request gets: the error itself if it is typed, else one that names it.
 

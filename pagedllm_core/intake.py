@@ -20,7 +20,7 @@ from pagedllm_core.decode.beam import BeamRule, BeamState
 from pagedllm_core.decode.detokenize import Decode
 from pagedllm_core.decode.grammar import Grammar, GrammarCompiler
 from pagedllm_core.decode.processors import LogitsRules, takes_prompt
-from pagedllm_core.errors import CapacityError, ContextLengthError, InvalidRequestError
+from pagedllm_core.errors import CapacityError, ContextLengthError, InvalidRequestError, check_unicode
 from pagedllm_core.kv.hashing import root_hash
 from pagedllm_core.model.interface import Runner
 from pagedllm_core.params import GREEDY_COPIES, Sampling, SamplingParams
@@ -131,13 +131,13 @@ class Intake:
         return max(1, blocks // width * size - prompt_tokens % size)
 
     def _root_hash(self, salt: str | None, private: str | None) -> bytes:
-        try:
-            return root_hash(self._runner.model_name, salt, private)
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(f"cache_salt: is not valid Unicode ({error})") from None
+        check_unicode("cache_salt", salt or "")
+        return root_hash(self._runner.model_name, salt, private)
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
+            if prompt.get("multi_modal_data"):
+                raise InvalidRequestError("prompt['multi_modal_data']: the model reads text only; leave it out")
             if "prompt_token_ids" in prompt:
                 text = prompt.get("prompt")
                 return text if isinstance(text, str) else None, _checked_ids(prompt["prompt_token_ids"])
@@ -156,10 +156,8 @@ class Intake:
             raise InvalidRequestError(
                 "prompt: the model has no tokenizer, so text cannot be read; give prompt_token_ids, or set tokenizer="
             )
-        try:
-            ids: list[int] = tokenizer(text)["input_ids"]
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(f"prompt: is not valid Unicode ({error}); remove lone surrogates") from None
+        check_unicode("prompt", text)
+        ids: list[int] = tokenizer(text)["input_ids"]
         return ids
 
     def _check_prompt(self, token_ids: list[int], params: SamplingParams) -> None:
@@ -210,6 +208,7 @@ class Intake:
     def _rules(self, params: SamplingParams, sampling: Sampling) -> LogitsRules:
         words: list[tuple[int, ...]] = []
         for word in params.bad_words or ():
+            check_unicode("bad_words", word)
             # A word may begin a text or follow a space, and its tokens differ between the two.
             for form in (word.lstrip(), " " + word.lstrip()):
                 ids = tuple(self._runner.tokenizer(form, add_special_tokens=False)["input_ids"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from pagedllm_core.async_engine import AsyncEngine, open_engines
 from pagedllm_core.config import EngineConfig
-from pagedllm_core.errors import ModelLoadError
+from pagedllm_core.errors import CapacityError, ModelLoadError
 
 logger = logging.getLogger("pagedllm")
 
@@ -18,23 +18,20 @@ _locks: dict[EngineConfig, threading.Lock] = {}
 _guard = threading.Lock()
 
 
-def get_engine(config: EngineConfig | None = None, **fields: Any) -> AsyncEngine:
+def get_engine(config: EngineConfig | str | None = None, **fields: Any) -> AsyncEngine:
     """The process's engine of this configuration; made, and its model loaded, at the first call.
 
     Callers that ask for the same configuration at once wait for one load; other configurations load beside it.
 
     Args:
-        config: What the engine is; or give its fields as keyword arguments.
+        config: What the engine is, or the model's name; or give its fields as keyword arguments.
         **fields: Fields of `EngineConfig`.
 
     Raises:
         ModelLoadError: The model cannot be loaded.
         InvalidRequestError: A configuration field cannot be served.
     """
-    if config is None:
-        config = EngineConfig(**fields)
-    elif fields:
-        raise TypeError(f"give a config or its fields, not both: {', '.join(fields)}")
+    config = EngineConfig.of(config, fields)
     with _guard:
         lock = _locks.setdefault(config, threading.Lock())
     with lock:
@@ -49,7 +46,7 @@ def _load(config: EngineConfig) -> AsyncEngine:
     while True:
         try:
             return AsyncEngine(config)
-        except ModelLoadError as error:
+        except (CapacityError, ModelLoadError) as error:
             if not isinstance(error.__cause__, MemoryError) and type(error.__cause__).__name__ != "OutOfMemoryError":
                 raise
             if not _evict_idle():

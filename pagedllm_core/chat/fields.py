@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from pagedllm_core.chat.adapter import EngineSource, sampling_params, shared_engine
 from pagedllm_core.config import EngineConfig
+from pagedllm_core.errors import InvalidRequestError, check_unicode
 from pagedllm_core.params import SamplingParams
 
 ENGINE_FIELDS = (
@@ -27,7 +28,12 @@ class AdapterFields(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
-    aliases: ClassVar[Mapping[str, str]] = {"stop_sequences": "stop", "max_new_tokens": "max_tokens"}
+    aliases: ClassVar[Mapping[str, str]] = {
+        "model_name": "model",
+        "stop_sequences": "stop",
+        "max_new_tokens": "max_tokens",
+        "max_completion_tokens": "max_tokens",
+    }
     """Other names that code written for other providers uses."""
 
     model: str = Field("tiny", description='"tiny" (the bundled model), a local folder, or a Hugging Face repository.')
@@ -58,7 +64,7 @@ class AdapterFields(BaseModel):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further template variables.")
     reasoning: bool | None = Field(None, description="Ask the template for reasoning, or for none; None: its default.")
     tool_parser: str | None = Field(
-        None, description='Format of tool calls: "hermes", "llama3_json", "mistral", "json".'
+        None, description='Format of tool calls: "hermes", "llama3_json", "mistral", "mistral_v11", "json".'
     )
     reasoning_parser: str | None = Field(None, description='Format of reasoning: "think", "magistral".')
     parallel_tool_calls: bool | None = Field(
@@ -89,16 +95,21 @@ class AdapterFields(BaseModel):
         values = cls._by_own_names(values)
         known = set(cls.model_fields) | {field.alias for field in cls.model_fields.values()}
         if unknown := sorted(set(values) - known - {"class_name"}):
-            warnings.warn(
-                f"{cls.__name__}: unknown field {', '.join(unknown)} is ignored; further engine fields go into "
-                "engine_kwargs",
-                stacklevel=2,
-            )
+            further = [name for name in unknown if name in EngineConfig.model_fields]
+            hint = f"; give {', '.join(further)} in engine_kwargs" if further else ""
+            warnings.warn(f"{cls.__name__}: unknown field {', '.join(unknown)} is ignored{hint}", stacklevel=2)
         return values
 
     @classmethod
     def _by_own_names(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         return {cls.aliases.get(name, name): value for name, value in given.items()}
+
+    @field_validator("engine")
+    @classmethod
+    def _is_engine(cls, engine: Any) -> Any:
+        if engine is not None and not isinstance(getattr(engine, "config", None), EngineConfig):
+            raise InvalidRequestError(f"engine={engine!r:.80}: must be an AsyncEngine, as get_engine(...) returns")
+        return engine
 
     def engine_config(self, model: str | None = None) -> EngineConfig:
         """The configuration of the engine that serves this model (or `model` instead of it).
@@ -113,6 +124,17 @@ class AdapterFields(BaseModel):
         if self.engine is not None and model in (None, self.model):
             return EngineSource(self.engine.config, self.engine)
         return shared_engine(self.engine_config(model), self._hub_token(), self.keep_alive)
+
+    def _context_limit(self) -> int | None:
+        """The context in tokens that was asked for, or that the given engine has; None: the model's own."""
+        if self.engine is not None:
+            return int(self.engine.max_model_len)
+        return self.max_model_len or self.engine_kwargs.get("max_model_len")
+
+    def _token_ids(self, text: str) -> list[int]:
+        check_unicode("text", text)
+        ids: list[int] = self._source().get().tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def close(self) -> None:
         """Free the engine, if it is loaded; who else uses it gets `EngineClosedError`, and later calls load anew."""

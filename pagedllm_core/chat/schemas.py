@@ -48,16 +48,17 @@ def class_schema(output_class: type) -> dict[str, Any]:
     Without `uniqueItems`: the class itself makes a set of what it reads.
     """
     whole = output_class.model_json_schema() if issubclass(output_class, BaseModel) else _old_schema(output_class)
-    return dict(_without_sets(whole))
+    return dict(without_sets(whole))
 
 
 def _old_schema(output_class: Any) -> Any:
     return output_class.schema()
 
 
-def _without_sets(schema: Any) -> Any:
+def without_sets(schema: Any) -> Any:
+    """A copy without `uniqueItems`, which no grammar can hold an output to."""
     if isinstance(schema, list):
-        return [_without_sets(item) for item in schema]
+        return [without_sets(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {key: _without_sets(value) for key, value in schema.items() if key != "uniqueItems" or value is not True}
+    return {key: without_sets(value) for key, value in schema.items() if key != "uniqueItems" or value is not True}

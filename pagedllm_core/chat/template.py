@@ -10,11 +10,12 @@ import jinja2
 
 from pagedllm_core.chat.messages import Message, simpler_forms
 from pagedllm_core.chat.sandbox import compile_template, render_bounded
-from pagedllm_core.errors import InvalidRequestError
+from pagedllm_core.errors import InvalidRequestError, check_unicode
 
 # Put behind the text that is to be continued, and cut off after rendering. The last space shows whether the template
 # trims its messages.
 _END_OF_CONTENT = "\ue000pagedllm-continue\ue000 "
+_TEXT_KEYS = {"text", "thinking", "reasoning", "content"}  # where a part of a message holds its text
 
 
 class ChatTemplate:
@@ -68,8 +69,8 @@ class ChatTemplate:
             tools: JSON schemas of functions the model may call.
             add_generation_prompt: End with the start of an assistant's turn; on unless a message is continued.
             continue_final_message: End right after the content of the last message, which must be the assistant's.
-            simplify: Where the template refuses the conversation, try it with same-role neighbours merged and late
-                system messages folded in.
+            simplify: Where the template refuses the conversation, try it with short ids of calls, same-role neighbours
+                merged and late system messages folded in.
             **variables: Further variables for the template.
 
         Raises:
@@ -102,13 +103,13 @@ class ChatTemplate:
         Raises:
             InvalidRequestError: The text is not valid Unicode.
         """
-        try:
-            ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(f"messages: not valid Unicode ({error}); remove lone surrogates") from None
+        check_unicode("messages", text)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _read(self, given: str | os.PathLike[str]) -> str:
+        if not isinstance(given, str | os.PathLike):  # an integer would be opened as a file descriptor
+            raise InvalidRequestError(f"chat_template={given!r:.80}: must be a Jinja template or a file of one")
         if isinstance(given, str) and given in self._named:
             return self._named[given]
         if isinstance(given, str) and ("{" in given or "\n" in given):
@@ -167,6 +168,19 @@ def _check_messages(messages: list[Message]) -> None:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InvalidRequestError(f"messages[{number}]={message!r:.80}: must be a dict with a 'role'")
+        _check_content(f"messages[{number}]['content']", message.get("content"))
+
+
+def _check_content(field: str, content: Any) -> None:
+    """Text, a tool's result, or parts that all hold text: a template would pass over others in silence."""
+    if content is None or isinstance(content, str | Mapping):
+        return
+    if not isinstance(content, list | tuple):
+        raise InvalidRequestError(f"{field}={content!r:.80}: must be text, or a list of parts with text")
+    for part in content:
+        if not isinstance(part, str) and not (isinstance(part, Mapping) and _TEXT_KEYS & part.keys()):
+            kind = part.get("type", part) if isinstance(part, Mapping) else part
+            raise InvalidRequestError(f"{field}: holds {kind!r:.80}; the model reads text only, so leave it out")
 
 
 def _mark_end(messages: list[Message]) -> list[Message]:

@@ -141,9 +141,7 @@ def _compile(guided: GuidedParams, vocabulary: Vocabulary, added_tokens: Mapping
     vocabulary = dataclasses.replace(vocabulary, literals=tuple(itertools.islice(found, MAX_LITERALS)))
     matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0)
     if matcher.is_error():
-        lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip()]
-        reason = lines[0] if len(lines) < 2 else f"{lines[0]} {lines[-1]}"
-        raise InvalidRequestError(f"guided.{field_name}: cannot be compiled: {reason:.400}")
+        raise InvalidRequestError(f"guided.{field_name}: cannot be compiled: {_reason(matcher.get_error()):.400}")
     closing = vocabulary.closing(matcher)
     if matcher.is_error():
         raise InvalidRequestError(f"guided.{field_name}: is too large: {matcher.get_error().strip()[:300]}")
@@ -153,6 +151,13 @@ def _compile(guided: GuidedParams, vocabulary: Vocabulary, added_tokens: Mapping
             "simplify it"
         )
     return Grammar(matcher, tuple(closing), vocabulary)
+
+
+def _reason(error: str) -> str:
+    """What llguidance says, without its picture of the source and the switches that only its own callers have."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    inner = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
+    return f"{lines[0].partition(' Enable ')[0]} {inner}".strip()
 
 
 def _source(guided: GuidedParams, added_tokens: Mapping[str, int]) -> tuple[str, str]:

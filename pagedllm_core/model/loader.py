@@ -262,7 +262,12 @@ def _tokenizer(config: EngineConfig, folder: Path) -> Any:
             raise ModelLoadError(f"tokenizer={config.tokenizer!r}: {folder} holds no tokenizer files")
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+        # What is too long is refused; transformers' own warning of it would speak of indexing errors.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        return tokenizer
     except Exception as error:  # tokenizers raise errors of many kinds, bare Exception among them
         raise ModelLoadError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error})") from error
 

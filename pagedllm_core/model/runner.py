@@ -17,7 +17,7 @@ from pagedllm_core.attention.native import NativeAttention
 from pagedllm_core.attention.torch_paged import TorchPagedAttention
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.decode.device import DeviceSampler
-from pagedllm_core.errors import InvalidRequestError, UnsupportedModelError
+from pagedllm_core.errors import CapacityError, InvalidRequestError, UnsupportedModelError
 from pagedllm_core.kv.storage import KVStorage, LayerGeometry, block_bytes
 from pagedllm_core.model.determinism import shapes_that_differ
 from pagedllm_core.model.fuse import FusedDecoder, fuse
@@ -133,8 +133,9 @@ class ModelRunner:
             if fused is None:
                 layers = probe()
         self.is_fused = fused is not None
-        if int8 and not isinstance(fused, FusedDecoder):
-            raise UnsupportedModelError(_ONLY_FUSED.format(field="quantization", value="int8", model=self.model_name))
+        for field, value in (("quantization", config.quantization), ("deterministic", config.deterministic)):
+            if value and not isinstance(fused, FusedDecoder):
+                raise UnsupportedModelError(_ONLY_FUSED.format(field=field, value=value, model=self.model_name))
         if isinstance(fused, FusedDecoder):
             return fused, layers
         forward = fused or TorchSteps(model, layers, attention, self.device)
@@ -224,8 +225,6 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: This model on this machine is not deterministic.
         """
-        if not isinstance(self._steps, FusedDecoder):
-            raise UnsupportedModelError(_ONLY_FUSED.format(field="deterministic", value=True, model=self.model_name))
         with self._threads():
             different = shapes_that_differ(self._steps.logits, self.vocab_size, self.num_blocks, self.block_size)
         if different:
@@ -268,7 +267,13 @@ class ModelRunner:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _make_storage(self, blocks: int, host: int = 0) -> KVStorage:
-        return KVStorage(self._geometry, blocks, self.block_size, self.device, host)
+        try:
+            return KVStorage(self._geometry, blocks, self.block_size, self.device, host)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            size = blocks * block_bytes(self._geometry, self.block_size) / 2**30
+            raise CapacityError(
+                f"kv_cache_memory: a KV pool of {size:.1f} GiB does not fit into the memory of {self.device}; give less"
+            ) from error
 
     def _profile(self, config: EngineConfig) -> None:
         """Run the largest step once, over a small pool that is gone afterwards."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import pagedllm_core
-from pagedllm_core import LLM, SamplingParams
-from pagedllm_core.errors import EngineClosedError, InvalidRequestError, ModelLoadError
+from pagedllm_core import LLM, AsyncEngine, SamplingParams, get_engine
+from pagedllm_core.errors import CapacityError, EngineClosedError, InvalidRequestError, ModelLoadError
 from pagedllm_core.streams import merge_outputs
 
 TINY = Path(pagedllm_core.__file__).parent / "bundled" / "tiny"
@@ -75,6 +78,40 @@ def test_one_bad_prompt_starts_none(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="prompts=7"):
         llm.generate(7, use_tqdm=False)  # type: ignore[arg-type]
     assert llm.stats().steps == steps
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "http://x"}}
+
+
+@pytest.mark.parametrize(
+    ("ask", "field"),
+    [
+        (lambda llm: llm.generate("bad \ud800 text"), "prompt: is not valid Unicode"),
+        (lambda llm: llm.generate("x", SamplingParams(bad_words=["\ud800"])), "bad_words: is not valid Unicode"),
+        (lambda llm: llm.chat([{"role": "user", "content": "\ud800"}]), "messages: is not valid Unicode"),
+        (lambda llm: llm.chat([{"role": "user", "content": ["See:", PICTURE]}]), "messages.0.*holds 'image_url'"),
+        (lambda llm: llm.chat([{"role": "user", "content": 5}]), "messages.0.*=5: must be text"),
+        (lambda llm: llm.generate({"prompt": "x", "multi_modal_data": {"image": 1}}), "multi_modal_data"),
+        (lambda llm: llm.chat([{"role": "user", "content": "x"}], chat_template=True), "chat_template=True: must be"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(llm: LLM, ask: Callable[[LLM], Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError, match=field):
+        ask(llm)
+    assert os.fstat(1), "standard output is still open"
+
+
+def test_a_pool_beyond_the_memory_is_refused() -> None:
+    with pytest.raises(CapacityError, match=r"kv_cache_memory: a KV pool of 1000000\.0 GiB"):
+        LLM(model="tiny", kv_cache_memory="1000000GiB")
+
+
+def test_engines_by_the_model_s_name() -> None:
+    with closing(AsyncEngine("tiny", kv_cache_memory="8MiB")) as engine:
+        assert engine.config.model == "tiny"
+        assert engine.config.kv_cache_memory == 8 << 20
+    with pytest.raises(InvalidRequestError, match="model=''"):
+        get_engine("")
 
 
 def test_stream_holds_only_what_is_new(llm: LLM) -> None:

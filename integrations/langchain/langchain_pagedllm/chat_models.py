@@ -86,7 +86,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         return params
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        return model_profile(self.model, self.revision, self.max_model_len, self.max_tokens)
+        return model_profile(self.model, self.revision, self._context_limit(), self.max_tokens)
 
     # One call.
 
@@ -379,8 +379,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """The model's own token ids of a text."""
-        ids: list[int] = self._source().get().tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self._token_ids(text)
 
     def get_num_tokens(self, text: str) -> int:
         """The number of the model's own tokens in a text."""

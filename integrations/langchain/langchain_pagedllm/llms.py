@@ -149,8 +149,7 @@ class PagedLLM(PagedModel, BaseLLM):
 
     def get_token_ids(self, text: str) -> list[int]:
         """The model's own token ids of a text."""
-        ids: list[int] = self._source().get().tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self._token_ids(text)
 
     def get_num_tokens(self, text: str) -> int:
         """The number of the model's own tokens in a text."""

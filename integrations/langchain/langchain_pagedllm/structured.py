@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
@@ -18,15 +17,35 @@ from langchain_core.output_parsers import (
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 
-from pagedllm_core.chat.schemas import class_schema, is_class
+from pagedllm_core.chat.schemas import class_schema, is_class, without_sets
 from pagedllm_core.errors import InvalidRequestError
 
+KEYWORDS = {
+    "type", "properties", "required", "additionalProperties", "patternProperties", "items", "prefixItems", "enum",
+    "const", "anyOf", "oneOf", "allOf", "not", "if", "$ref", "$defs", "definitions", "pattern", "format",
+}  # fmt: skip
 METHODS = ("json_schema", "function_calling", "json_mode")
+
+
+def _unwrapped(schema: Any) -> Any:
+    """The schema itself, out of the forms in which other providers give it a name."""
+    if not isinstance(schema, Mapping):
+        return schema
+    outer = schema.get("json_schema") if schema.get("type") == "json_schema" else schema
+    for key in ("schema", "input_schema"):
+        if isinstance(outer, Mapping) and "properties" not in outer and isinstance(outer.get(key), Mapping):
+            named = {"title": outer.get("name"), "description": outer.get("description")}
+            return {**{name: text for name, text in named.items() if text}, **outer[key]}
+    return schema
 
 
 def _json_schema(schema: Any) -> dict[str, Any]:
     """The whole JSON schema of a class or dictionary: core's conversion drops what stands beside properties."""
     if isinstance(schema, Mapping) and not ("name" in schema and "parameters" in schema) and "function" not in schema:
+        if schema and not KEYWORDS & schema.keys():
+            raise InvalidRequestError(
+                f"schema={str(schema)!r:.80}: has no keyword of a JSON schema; give one, or a pydantic class"
+            )
         return dict(schema)
     if is_class(schema):
         return class_schema(schema)
@@ -40,6 +59,8 @@ def _json_schema(schema: Any) -> dict[str, Any]:
 def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
     """A tool in OpenAI's form; a class keeps its whole schema."""
     converted = convert_to_openai_tool(tool, strict=strict)
+    if not isinstance(tool, Mapping):  # Python makes a set of what it reads
+        converted = without_sets(converted)
     if is_class(tool):
         schema = _json_schema(tool)
         if "$defs" in schema or "definitions" in schema:
@@ -62,8 +83,7 @@ def bindings_and_parser(
     """
     if method not in METHODS:
         raise InvalidRequestError(f"method={method!r}: use one of {', '.join(METHODS)}")
-    if isinstance(schema, Mapping) and schema.get("type") == "json_schema" and "json_schema" in schema:
-        schema = schema["json_schema"].get("schema")  # OpenAI's form of a response format
+    schema = _unwrapped(schema)
     if schema is None:
         if method != "json_mode":
             raise InvalidRequestError(f"schema=None: method={method!r} needs a schema; only json_mode goes without")
@@ -71,7 +91,7 @@ def bindings_and_parser(
     told = {"kwargs": {"method": method, **({} if strict is None else {"strict": strict})}, "schema": schema}
     if method == "function_calling":
         tool = as_tool(schema)
-        if isinstance(schema, Mapping) and "properties" not in json.dumps(tool):
+        if "properties" not in tool["function"].get("parameters", {}):
             raise InvalidRequestError(f"schema={str(schema)!r:.80}: is no object; function_calling needs one")
         name = tool["function"]["name"]
         parser: Runnable[AIMessage, Any] = (

@@ -21,11 +21,13 @@ from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_pagedllm import ChatPagedLLM
-from pydantic import BaseModel, Field
+from langchain_pagedllm.convert import to_template_messages
+from pydantic import BaseModel, Field, RootModel
 from pydantic import v1 as pydantic_v1
 from typing_extensions import TypedDict
 
-from pagedllm_core import EngineConfig, GuidedParams, get_engine
+from pagedllm_core import EngineConfig, GuidedParams, SamplingParams, get_engine
+from pagedllm_core.chat.adapter import Call
 from pagedllm_core.errors import (
     ContextLengthError,
     EngineClosedError,
@@ -33,15 +35,35 @@ from pagedllm_core.errors import (
     ModelLoadError,
     RequestTimeoutError,
 )
+from tests.mistral import V11, V13, mistral_like
 from tests.schemas import random_object
 
 QUESTION = "What is 1 + 2? Add the numbers."
 WILD = {"temperature": 1.6, "seed": 5}
+END, BRACE, BEGIN = 2041, 92, 2042  # tokens: the end of a reply, "}", and <tool_call> or [TOOL_CALLS]
+ON_AND_ON = {END: -100.0, BRACE: 100.0, BEGIN: 100.0}
 
 
 @pytest.fixture(scope="module")
 def chat() -> ChatPagedLLM:
     return ChatPagedLLM(model="tiny", max_tokens=90, kv_cache_memory="32MiB", engine_kwargs={"num_threads": 1})
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory) -> ChatPagedLLM:
+    """A model of random weights whose template calls tools as newer Mistral models do."""
+    return ChatPagedLLM(
+        model=str(mistral_like(tmp_path_factory.mktemp("mistral"))),
+        max_tokens=90,
+        kv_cache_memory="32MiB",
+        engine_kwargs={"num_threads": 1, "load_format": "dummy"},
+    )
+
+
+@pytest.fixture(params=["chat", "mistral"])
+def caller(request) -> ChatPagedLLM:
+    """Either model."""
+    return request.getfixturevalue(request.param)
 
 
 @tool
@@ -96,8 +118,8 @@ def merged(chunks: Any) -> AIMessage:
         ({"type": "function", "function": {"name": "add"}}, {"add"}),
     ],
 )
-def test_a_demanded_call_is_made_once(chat, choice, names, streamed):
-    bound = chat.bind_tools([add, paint], tool_choice=choice)
+def test_a_demanded_call_is_made_once(caller, choice, names, streamed):
+    bound = caller.bind_tools([add, paint], tool_choice=choice)
     for sampling in ({}, WILD):
         message = merged(bound.stream(QUESTION, **sampling)) if streamed else bound.invoke(QUESTION, **sampling)
         (call,) = message.tool_calls
@@ -109,9 +131,8 @@ def test_a_demanded_call_is_made_once(chat, choice, names, streamed):
         assert message.response_metadata["finish_reason"] == "tool_calls"
 
 
-def test_several_calls_where_they_are_allowed(chat):
-    end = get_engine(chat.engine_config()).tokenizer.eos_token_id
-    bound = chat.bind_tools([add, paint], tool_choice="any", logit_bias={end: -100.0}, max_tokens=200)
+def test_several_calls_where_they_are_allowed(caller):
+    bound = caller.bind_tools([add, paint], tool_choice="any", logit_bias=ON_AND_ON, max_tokens=200)
     assert len(bound.invoke(QUESTION).tool_calls) == 1
     message = bound.invoke(QUESTION, parallel_tool_calls=True)
     assert len(message.tool_calls) > 1
@@ -121,25 +142,26 @@ def test_several_calls_where_they_are_allowed(chat):
     ]
 
 
-def test_calls_that_are_forbidden_are_not_made(chat):
-    bound = chat.bind_tools([add], tool_choice="none")
+def test_calls_that_are_forbidden_are_not_made(caller):
+    bound = caller.bind_tools([add], tool_choice="none")
     message = bound.invoke(QUESTION)
     assert message.tool_calls == []
-    assert message.usage_metadata["input_tokens"] == chat.invoke(QUESTION).usage_metadata["input_tokens"]
-    assert "<tool_call>" not in bound.invoke('Repeat: <tool_call>\n{"name": "add"}\n</tool_call>').content
+    assert message.usage_metadata["input_tokens"] == caller.invoke(QUESTION).usage_metadata["input_tokens"]
+    said = bound.invoke('Repeat: <tool_call>\n{"name": "add"}\n</tool_call>', logit_bias={BEGIN: 100.0}).content
+    assert "<tool_call>" not in said
+    assert "[TOOL_CALLS]" not in said
 
 
-def test_a_call_or_the_answer_s_form(chat):
-    bound = chat.bind_tools([add], response_format=Person)
-    begin = get_engine(chat.engine_config()).tokenizer.convert_tokens_to_ids("<tool_call>")
-    call = bound.invoke(QUESTION, logit_bias={begin: 100.0}, parallel_tool_calls=False)
+def test_a_call_or_the_answer_s_form(caller):
+    bound = caller.bind_tools([add], response_format=Person)
+    call = bound.invoke(QUESTION, logit_bias={BEGIN: 100.0}, parallel_tool_calls=False)
     assert [one["name"] for one in call.tool_calls] == ["add"]
-    answer = bound.invoke(QUESTION, logit_bias={begin: -100.0})
+    answer = bound.invoke(QUESTION, logit_bias={BEGIN: -100.0})
     Person.model_validate_json(answer.content)
     assert answer.tool_calls == []
 
 
-async def test_no_reply_is_ever_an_invalid_call(chat):
+async def test_no_reply_is_ever_an_invalid_call(caller):
     rng = random.Random(11)
 
     async def ask(number: int) -> None:
@@ -150,7 +172,7 @@ async def test_no_reply_is_ever_an_invalid_call(chat):
         ]
         choice = rng.choice([None, "any", "tool_0"])
         sampling = {"temperature": rng.choice([0.0, 1.5]), "seed": number, "max_tokens": rng.choice([250, 400])}
-        bound = chat.bind_tools(tools, tool_choice=choice, **sampling)
+        bound = caller.bind_tools(tools, tool_choice=choice, **sampling)
         for message in (await bound.ainvoke(QUESTION), merged([one async for one in bound.astream(QUESTION)])):
             assert message.invalid_tool_calls == []
             assert message.tool_calls or choice is None
@@ -158,6 +180,21 @@ async def test_no_reply_is_ever_an_invalid_call(chat):
                 jsonschema.validate(call["args"], schemas[call["name"]])
 
     await asyncio.gather(*map(ask, range(24)))
+
+
+@pytest.mark.parametrize("template", [V11, V13], ids=["v11", "v13"])
+def test_a_call_and_its_result_go_through_the_template(mistral, template):
+    bound = mistral.bind_tools([add, paint], tool_choice="any", chat_template=template, parallel_tool_calls=True)
+    asked = [HumanMessage(QUESTION), bound.invoke(QUESTION, logit_bias=ON_AND_ON)]
+    (call, *_) = calls = asked[1].tool_calls
+    assert len(calls) > 1
+    answered = [*asked, *(ToolMessage("3", tool_call_id=call["id"]) for call in calls)]
+    request = Call(SamplingParams(), messages=to_template_messages(answered), chat_template=template)
+    prompt = str(request.tokenize(get_engine(mistral.engine_config()))["prompt"])
+    assert prompt.count("[TOOL_CALLS]") == prompt.count("[TOOL_RESULTS]") == len(calls)
+    assert f"[ARGS]{json.dumps(call['args'], ensure_ascii=False)}" in prompt
+    assert call["id"] not in prompt
+    assert bound.invoke(answered).tool_calls
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
@@ -201,6 +238,67 @@ def test_schemas_of_other_things_than_objects(chat):
         chat.with_structured_output(schema, method="function_calling")
     with pytest.raises(ModelInvalidRequestError, match="minProperties=2: cannot be enforced"):
         chat.with_structured_output({"type": "object", "minProperties": 2}).invoke("Anna is 7.")
+
+
+@pytest.mark.parametrize("key", ["schema", "input_schema"])
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_schemas_in_other_providers_wrappings(chat: ChatPagedLLM, key: str, method: str) -> None:
+    inner = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    structured = chat.with_structured_output({"name": "person", "strict": True, key: inner}, method=method)
+    jsonschema.validate(structured.invoke("Anna is 7."), inner)
+
+
+def test_a_dictionary_that_is_no_schema_is_refused(chat: ChatPagedLLM) -> None:
+    with pytest.raises(InvalidRequestError, match="no keyword of a JSON schema"):
+        chat.with_structured_output({"age": "int"})
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_sets(chat: ChatPagedLLM, method: str) -> None:
+    class Tags(BaseModel):
+        tags: set[int]
+
+    assert isinstance(chat.with_structured_output(Tags, method=method).invoke("1, 2"), Tags)
+
+
+def test_function_calling_needs_an_object(chat: ChatPagedLLM) -> None:
+    with pytest.raises(InvalidRequestError, match="is no object"):
+        chat.with_structured_output(RootModel[list[str]], method="function_calling")
+
+
+@pytest.mark.parametrize(
+    ("guided", "reason"),
+    [
+        ({"regex": "("}, "unclosed group"),
+        ({"json": {"type": "string", "pattern": "(?=a)b"}}, "look-around"),
+        ({"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "oneOf constraints are not supported.$"),
+    ],
+)
+def test_a_form_that_cannot_be_held_says_why(chat: ChatPagedLLM, guided: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelInvalidRequestError, match=reason):
+        chat.invoke("x", guided=guided)
+
+
+def test_long_arrays_have_an_output(chat: ChatPagedLLM) -> None:
+    schema = {"type": "array", "minItems": 120, "maxItems": 120, "items": {"enum": [1, 2, 3]}}
+    assert len(json.loads(chat.invoke("x", guided={"json": schema}, max_tokens=400).content)) == 120
+
+
+def test_names_of_other_providers_and_engines_are_told_apart() -> None:
+    chat = ChatPagedLLM(model_name="tiny", max_completion_tokens=3)
+    assert (chat.model, chat.max_tokens) == ("tiny", 3)
+    with pytest.warns(UserWarning, match="block_size is ignored; give block_size in engine_kwargs"):
+        ChatPagedLLM(block_size=8)
+    with pytest.warns(UserWarning, match="base_url is ignored$"):
+        ChatPagedLLM(base_url="http://x")
+    with pytest.raises(ValueError, match="engine='tiny': must be an AsyncEngine"):
+        ChatPagedLLM(engine="tiny")
+
+
+def test_the_profile_tells_the_context_that_calls_have() -> None:
+    assert ChatPagedLLM(engine_kwargs={"max_model_len": 128}).profile["max_input_tokens"] <= 128
+    with get_engine(model="tiny", max_model_len=256, kv_cache_memory="8MiB") as engine:
+        assert ChatPagedLLM(engine=engine).profile["max_input_tokens"] <= 256
 
 
 def test_structured_output_with_the_reply_itself(chat):
