@@ -24,15 +24,15 @@ EARLY = {
     "repeat": 0.16,
 }
 LATE = {
-    "context": 0.17,
-    "leaflets": 0.10,
-    "lookup": 0.02,
+    "context": 0.26,
+    "leaflets": 0.13,
+    "lookup": 0.03,
     "recite": 0.02,
-    "tools": 0.18,
-    "json": 0.36,
-    "memory": 0.10,
-    "talk": 0.02,
-    "repeat": 0.03,
+    "tools": 0.17,
+    "json": 0.25,
+    "memory": 0.07,
+    "talk": 0.03,
+    "repeat": 0.04,
 }
 
 

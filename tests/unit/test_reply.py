@@ -355,6 +355,6 @@ def test_choices_that_name_no_tool_are_refused():
 
 def test_a_name_that_is_no_json_string_is_no_call() -> None:
     style = ReplyStyle(tools=HERMES)
-    pieces = read_reply('<tool_call>\n{"name": "a\\q", "arguments": {}}\n</tool_call>', style)
-    assert not pieces.calls
-    assert len(pieces.invalid) == 1
+    reply = read_reply('<tool_call>\n{"name": "a\\q", "arguments": {}}\n</tool_call>', style)
+    assert not reply.tool_calls
+    assert len(reply.invalid) == 1

@@ -91,7 +91,7 @@ def bindings_and_parser(
     told = {"kwargs": {"method": method, **({} if strict is None else {"strict": strict})}, "schema": schema}
     if method == "function_calling":
         tool = as_tool(schema)
-        if "properties" not in tool["function"].get("parameters", {}):
+        if not {"properties", "$ref"} & tool["function"].get("parameters", {}).keys():
             raise InvalidRequestError(f"schema={str(schema)!r:.80}: is no object; function_calling needs one")
         name = tool["function"]["name"]
         parser: Runnable[AIMessage, Any] = (

@@ -22,7 +22,7 @@ from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.pagedllm import PagedLLM
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, RootModel, ValidationError, field_validator
 
 from pagedllm_core import GuidedParams, get_engine
 from pagedllm_core.chat.schemas import response_schema
@@ -125,6 +125,13 @@ async def test_every_path_gives_an_object_of_the_class(path, mode, output_cls):
                 value = getattr(part, name)
                 text = isinstance(value, str) and name == "name"
                 assert value is None or not text or whole.name.startswith(value)
+
+
+async def test_what_is_no_object_comes_as_json_in_either_mode():
+    for mode in MODES:
+        llm = PagedLLM(**SETTINGS, pydantic_program_mode=mode)
+        (found,) = await predict(llm, "sync", RootModel[list[int]])
+        assert isinstance(found, RootModel)
 
 
 @pytest.mark.parametrize("path", PATHS)

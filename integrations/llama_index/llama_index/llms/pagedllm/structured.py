@@ -13,7 +13,7 @@ from llama_index.core.program.function_program import get_function_tool
 from llama_index.core.program.utils import FlexibleModel, create_flexible_model
 from llama_index.core.types import Model, PydanticProgramMode
 from llama_index_instrumentation import get_dispatcher
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 from pydantic_core import from_json
 
 from pagedllm_core.chat.fields import AdapterFields
@@ -171,7 +171,8 @@ class StructuredPrediction(AdapterFields, FunctionCallingLLM):
         given = {name: value for name, value in (llm_kwargs or {}).items() if name not in _DECIDED}
         if not self.metadata.is_chat_model:
             given.setdefault("chat_template", _PLAIN_TEMPLATE)
-        if self.pydantic_program_mode is PydanticProgramMode.FUNCTION:
+        is_object = not issubclass(output_cls, RootModel)  # arguments are one
+        if self.pydantic_program_mode is PydanticProgramMode.FUNCTION and is_object:
             tool: Any = get_function_tool(output_cls)
             return self._prepare_chat_with_tools([tool], chat_history=messages, tool_required=True, **given)
         form = {"name": output_cls.__name__, "schema": class_schema(output_cls), "strict": True}
