@@ -29,29 +29,39 @@ def library_path(tier: str) -> Path:
     return FOLDER / f"decoder_{tier}.so"
 
 
+def compile_tier(tier: str, path: Path, *extra: str) -> bool:
+    """Compile one tier.
+
+    Args:
+        tier: Which one.
+        path: Where its library shall lie.
+        extra: Flags besides its own, before those of `CXXFLAGS`.
+
+    Returns:
+        Whether it lies there now; there is no compiler otherwise, or the machine is none that the tiers are for.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64" or sys.platform != "linux":
+        return False
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled = Path(folder, "decoder.so")
+        flags = [*FLAGS, *TIERS[tier], *extra, *os.environ.get("CXXFLAGS", "").split()]
+        command = [compiler, *flags, "-shared", str(SOURCE), "-o", str(compiled)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            logger.warning("%s was not compiled: %s", path.name, result.stderr.strip()[-500:])
+            return False
+        compiled.replace(path)
+    return True
+
+
 def build() -> list[Path]:
     """Compile every tier for this kind of machine.
 
     Returns:
         The libraries; none where there is no compiler, or where the machine is none that the tiers are for.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None or platform.machine() != "x86_64" or sys.platform != "linux":
-        return []
-    built = []
-    for tier, flags in TIERS.items():
-        path = library_path(tier)
-        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-            compiled = Path(folder, "decoder.so")
-            own = os.environ.get("CXXFLAGS", "").split()
-            command = [compiler, *FLAGS, *flags, *own, "-shared", str(SOURCE), "-o", str(compiled)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                logger.warning("%s was not compiled: %s", path.name, result.stderr.strip()[-500:])
-            else:
-                compiled.replace(path)
-                built.append(path)
-    return built
+    return [library_path(tier) for tier in TIERS if compile_tier(tier, library_path(tier))]
 
 
 if __name__ == "__main__":

@@ -136,6 +136,8 @@ Team& team() {
 
 extern "C" {
 
+int64_t uses_bf16_products() { return multiplies_bf16(); }  // bfloat16 weights meet rows that are rounded to it
+
 int64_t packed_size(int64_t outputs, int64_t inputs, int64_t type) {  // bytes
     return (outputs + NR - 1) / NR * NR * padded_inputs(inputs, type) * type;
 }

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,10 +103,19 @@ def load(name: str | None) -> ctypes.CDLL | None:
     if name is None or not library_path(name).exists():
         return None
     try:
-        library = ctypes.CDLL(str(library_path(name)))
-    except OSError as error:
-        logger.warning("the native code cannot be loaded: %s", error)
+        library = open_library(library_path(name))
+    except (OSError, AttributeError) as error:  # an older library lacks functions
+        logger.warning("the native code cannot be loaded: %s; python -m pagedllm_core.native.build compiles it", error)
         return None
+    if library.uses_bf16_products():
+        logger.info("native code (%s) uses bfloat16 products, as this processor has AVX512-BF16", name)
+    return library
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """A compiled library, its functions declared."""
+    library = ctypes.CDLL(str(path))
+    library.uses_bf16_products.restype = c_int64
     library.packed_size.argtypes = [c_int64, c_int64, c_int64]
     library.packed_size.restype = c_int64
     library.pack_weight.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64]
@@ -148,7 +158,10 @@ class PackedLinear:
         self.matrix = Matrix(self._data.data_ptr(), bias_pointer, self._scales.data_ptr(), outputs, inputs, kind)
 
     def __call__(self, x: torch.Tensor, threads: int = 1) -> torch.Tensor:
-        """float32 [rows, inputs], contiguous, to float32 [rows, outputs]."""
+        """float32 [rows, inputs], contiguous, to float32 [rows, outputs].
+
+        Beside bfloat16 weights, rows are rounded to bfloat16 where the library `uses_bf16_products`.
+        """
         out = torch.empty(x.shape[0], self.matrix.outputs)
         self._library.matmul(self.matrix, x.data_ptr(), x.shape[0], out.data_ptr(), threads)
         return out

@@ -3,12 +3,16 @@
 //     packed weights, NR = 2 W outputs side by side       [N / NR][K / 4][NR][4]   int8, four inputs in 32 bits
 //                                                         [N / NR][K / 2][NR][2]   bfloat16, two inputs in 32 bits
 //                                                         [N / NR][K][NR]          float32
+//
+// Rows are float32, but they are int8 beside int8, and bfloat16 beside bfloat16 where AVX512-BF16 multiplies pairs of it.
+// -DEMULATE_BF16 puts what that instruction means in its place, so that its path is tested on any processor with AVX-512.
 
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "interface.h"
@@ -20,13 +24,39 @@ namespace {
 constexpr int NR = 2 * W, MOST_ROWS = W == 16 ? 12 : 6;
 constexpr int GROUPS_TOGETHER = 8;  // groups of MOST_ROWS rows that pass over a weight while it is in the cache
 
+// Weights whose rows are of their type, too: 32 bits of both meet in one instruction, FAST, or in some that are everywhere.
+template <class Number, bool FAST>
+struct Dots {
+    Number value;
+};
+
+inline bool multiplies_bf16() {
+#ifdef EMULATE_BF16
+    return W == 16;
+#else
+    static const bool found = __builtin_cpu_supports("avx512bf16") && W == 16;
+    return found;
+#endif
+}
+
+// Inputs in the place of a float in a row.
+inline int64_t together(int64_t type) { return type == 1 ? 4 : type == 2 && multiplies_bf16() ? 2 : 1; }
+
+// acc plus the two products of bfloat16 in each lane of w and at x, the higher one first.
+template <bool>
+inline vf dot(vf acc, vi w, const float* x) {
+#if defined(__AVX512F__) && !defined(EMULATE_BF16)
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
+    return acc;
+#else
+    const vu weights = reinterpret_cast<vu>(w), pair = *reinterpret_cast<const uint32_t*>(x) - vu{};
+    acc += reinterpret_cast<vf>(weights & 0xffff0000u) * reinterpret_cast<vf>(pair & 0xffff0000u);
+    return acc + reinterpret_cast<vf>(weights << 16) * reinterpret_cast<vf>(pair << 16);
+#endif
+}
+
 // int8 is W8A8: weights are scaled by output, and the inputs of each row by their largest. Sums are of integers, so they
 // are exact. Weights are stored with 128 added, as the instruction multiplies unsigned bytes with signed ones.
-
-template <bool VNNI>
-struct Int8 {
-    uint8_t value;
-};
 
 struct RowScale {  // of a row in int8
     float scale;
@@ -55,25 +85,27 @@ inline vi dot(vi acc, vi w, const float* x) {
 #endif
 }
 
-template <int ROWS, int PANELS, bool VNNI>
-inline void kernel(const Int8<VNNI>* weights, int64_t panel_size, int64_t inputs, const float* a, const RowScale* scales,
-                   vf (&y)[ROWS][PANELS][2]) {
-    vi acc[ROWS][PANELS][2] = {};
-    for (int64_t k = 0; k < inputs; k += 4, a += ROWS)
+template <int ROWS, int PANELS, class Number, bool FAST>
+inline void kernel(const Dots<Number, FAST>* weights, int64_t panel_size, int64_t inputs, const float* a,
+                   const RowScale* scales, vf (&y)[ROWS][PANELS][2]) {
+    constexpr int64_t TOGETHER = 4 / sizeof(Number);
+    std::conditional_t<sizeof(Number) == 1, vi, vf> acc[ROWS][PANELS][2] = {};
+    for (int64_t k = 0; k < inputs; k += TOGETHER, a += ROWS)
         for (int p = 0; p < PANELS; p++) {
-            const Int8<VNNI>* w = weights + p * panel_size + k * NR;
-            const vi w0 = *reinterpret_cast<const vi_u*>(w), w1 = *reinterpret_cast<const vi_u*>(w + 4 * W);
+            const auto* w = weights + p * panel_size + k * NR;
+            const vi w0 = *reinterpret_cast<const vi_u*>(w), w1 = *reinterpret_cast<const vi_u*>(w + TOGETHER * W);
             for (int r = 0; r < ROWS; r++) {
-                acc[r][p][0] = dot<VNNI>(acc[r][p][0], w0, a + r);
-                acc[r][p][1] = dot<VNNI>(acc[r][p][1], w1, a + r);
+                acc[r][p][0] = dot<FAST>(acc[r][p][0], w0, a + r);
+                acc[r][p][1] = dot<FAST>(acc[r][p][1], w1, a + r);
             }
         }
     std::memcpy(y, acc, sizeof(acc));  // at once: as long as they are summed up, they stay in registers
-    for (int r = 0; r < ROWS; r++)
-        for (int p = 0; p < PANELS; p++)
-            for (int h = 0; h < 2; h++)
-                y[r][p][h] = __builtin_convertvector(reinterpret_cast<vi>(y[r][p][h]) - scales[r].offset, vf) *
-                             scales[r].scale;
+    if constexpr (sizeof(Number) == 1)
+        for (int r = 0; r < ROWS; r++)
+            for (int p = 0; p < PANELS; p++)
+                for (int h = 0; h < 2; h++)
+                    y[r][p][h] = __builtin_convertvector(reinterpret_cast<vi>(y[r][p][h]) - scales[r].offset, vf) *
+                                 scales[r].scale;
 }
 
 template <int ROWS, int PANELS, class T>
@@ -169,7 +201,7 @@ inline int64_t padded_inputs(int64_t inputs, int64_t type) {
     return (inputs + pair - 1) / pair * pair;
 }
 inline int64_t row_floats(const Matrix& m) {  // that an interleaved row takes
-    return m.type == 1 ? padded_inputs(m.inputs, 1) / 4 : padded_inputs(m.inputs, m.type);
+    return padded_inputs(m.inputs, m.type) / together(m.type);
 }
 
 // Rows interleaved by groups, their first inputs side by side, so that a tile reads them in order.
@@ -179,7 +211,7 @@ struct Rows {
 };
 
 // A row in int8, four numbers in the place of a float.
-RowScale quantize(const float* x, int64_t count, int64_t padded, int8_t* to) {
+RowScale quantize(const float* x, int64_t count, int8_t* to) {
     vf most = {};
     int64_t k = 0;
     for (; k + W <= count; k += W) {
@@ -196,8 +228,21 @@ RowScale quantize(const float* x, int64_t count, int64_t padded, int8_t* to) {
         to[k] = static_cast<int8_t>(q);
         total += q;
     }
-    for (; k < padded; k++) to[k] = 0;
     return {scale, 128 * total};
+}
+
+// A row in bfloat16, two numbers in the place of a float.
+void narrow(const float* x, int64_t count, float* to) {
+    auto* bytes = reinterpret_cast<char*>(to);
+    int64_t k = 0;
+    for (; k + W <= count; k += W) {
+        const vh_u y = narrow(load(x + k));
+        std::memcpy(bytes + 2 * k, &y, sizeof(y));
+    }
+    vf rest = {};
+    std::memcpy(&rest, x + k, (count - k) * 4);
+    const vh_u y = narrow(rest);
+    std::memcpy(bytes + 2 * k, &y, (count - k) * 2);
 }
 
 // Row i of the square becomes its column i: each pass shuffles the halves like cards.
@@ -228,11 +273,13 @@ void interleave(const Matrix& m, const Group& group, Row row, const Rows& packed
     for (int64_t r = 0; r < group.size; r++) {
         const float* x = row(group.first + r);
         float* y = rows.data() + r * stride;
+        std::fill(y + floats - 1, y + stride, 0.0f);  // the last one may be there in part
         if (m.type == 1)
-            packed.scales[group.first + r] = quantize(x, m.inputs, 4 * floats, reinterpret_cast<int8_t*>(y));
+            packed.scales[group.first + r] = quantize(x, m.inputs, reinterpret_cast<int8_t*>(y));
+        else if (together(m.type) == 2)
+            narrow(x, m.inputs, y);
         else
             std::memcpy(y, x, m.inputs * sizeof(float));
-        std::fill(y + (m.type == 1 ? floats : m.inputs), y + stride, 0.0f);
     }
     if (group.size == 1) {
         std::memcpy(to, rows.data(), floats * sizeof(float));
@@ -274,12 +321,14 @@ void linear(Team::Turn& turn, const Matrix& m, const Rows& packed, int64_t rows,
     static const bool vnni = __builtin_cpu_supports("avx512vnni") && W == 16;
     if (m.type == 4)
         linear<float>(turn, m, packed, rows, out);
+    else if (m.type == 2 && multiplies_bf16())
+        linear<Dots<bf16, true>>(turn, m, packed, rows, out);
     else if (m.type == 2)
         linear<bf16>(turn, m, packed, rows, out);
     else if (vnni)
-        linear<Int8<true>>(turn, m, packed, rows, out);
+        linear<Dots<uint8_t, true>>(turn, m, packed, rows, out);
     else
-        linear<Int8<false>>(turn, m, packed, rows, out);
+        linear<Dots<uint8_t, false>>(turn, m, packed, rows, out);
 }
 
 }  // namespace

@@ -35,6 +35,14 @@ inline vf load(const bf16* p) {
 #endif
 }
 inline void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
+inline vh_u narrow(vf x) {  // to bfloat16: to nearest, ties to even
+    const vu bits = reinterpret_cast<vu>(x), rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+#ifdef __AVX512F__
+    return reinterpret_cast<vh_u>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded >> 16)));
+#else
+    return __builtin_convertvector(rounded >> 16, vh_u);
+#endif
+}
 inline vf all(float x) { return x - vf{}; }
 
 inline float to_float(float x) { return x; }

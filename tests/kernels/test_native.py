@@ -2,46 +2,95 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.engine import Engine
 from pagedllm_core.errors import UnsupportedModelError
 from pagedllm_core.model.determinism import shapes_that_differ
 from pagedllm_core.model.runner import ModelRunner
-from pagedllm_core.native.library import PackedLinear
+from pagedllm_core.native.build import library_path
+from pagedllm_core.native.library import PackedLinear, load
 from pagedllm_core.outputs import RequestOutput
 from pagedllm_core.params import SamplingParams
 from tests.fakes import run_all
-from tests.native import LIBRARIES
+from tests.native import LIBRARIES, emulated_bf16
 
 pytestmark = pytest.mark.skipif(not LIBRARIES, reason="no native code was compiled for this processor")
 DTYPES = [torch.float32, torch.bfloat16]
+NOT_EMULATED = "bfloat16 products are emulated where there are AVX-512 and a compiler"
 
 
-@pytest.fixture(params=list(LIBRARIES))
-def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("PAGEDLLM_NATIVE", request.param)
-    return str(request.param)
+@pytest.fixture(params=[*LIBRARIES, "emulated"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """Each tier that runs here, and avx512 with bfloat16 products; models run on it, too."""
+    emulated = request.param == "emulated"
+    library = emulated_bf16() if emulated else LIBRARIES[request.param]
+    if library is None:
+        pytest.skip(NOT_EMULATED)
+    monkeypatch.setenv("PAGEDLLM_NATIVE", "avx512" if emulated else request.param)
+    monkeypatch.setattr("pagedllm_core.model.runner.load", lambda name: library)
+    return library
+
+
+def met(library: ctypes.CDLL, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The rows that weights of a type meet."""
+    return x.to(dtype) if library.uses_bf16_products() else x
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (37, 51), (96, 64), (200, 333)])
-def test_linear_layers(tier: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+def test_linear_layers(library: ctypes.CDLL, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
     bias = torch.randn(shape[0], generator=generator)
     for rows in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 50, 97, 200):
         x = torch.randn(rows, shape[1], generator=generator)
         for given in (bias, None):
-            packed = PackedLinear(LIBRARIES[tier], weight, given)
-            wanted = x.double() @ weight.double().T + (0 if given is None else given.double())
+            packed = PackedLinear(library, weight, given)
+            wanted = met(library, x, dtype).double() @ weight.double().T + (0 if given is None else given.double())
             torch.testing.assert_close(packed(x, threads=2).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_rounded_to_bfloat16_as_torch_does() -> None:
+    library = emulated_bf16()
+    if library is None:
+        pytest.skip(NOT_EMULATED)
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (4000,), generator=generator, dtype=torch.int32)
+    half, above, below = (bits & ~0xFFFF | low for low in (0x8000, 0x8001, 0x7FFF))  # ties, and what is next to them
+    special = torch.tensor(
+        [0x7F800001, 0x7FFFFFFF, -1, 0x7F800000, 0x7F7FFFFF, 0x7F7F7FFF, -(2**31), 0], dtype=torch.int32
+    )
+    numbers = torch.cat([bits, half, above, below, special]).view(torch.float32)
+    numbers[numbers.abs() < 2.0**-126] = 0  # the instruction takes them for zeros
+    for inputs in (1, 16, 37):  # of which one is not zero
+        x = torch.zeros(len(numbers), inputs)
+        places = torch.arange(len(numbers)) % inputs
+        x[range(len(numbers)), places] = numbers
+        found = PackedLinear(library, torch.ones(1, inputs, dtype=torch.bfloat16))(x)[:, 0]
+        assert torch.equal(found.nan_to_num(1e-9), numbers.bfloat16().float().nan_to_num(1e-9))
+
+
+def test_bfloat16_products_are_logged(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pagedllm_core.native.library.open_library", lambda path: library)
+    caplog.set_level("INFO", logger="pagedllm.native")
+    assert load.__wrapped__(next(iter(LIBRARIES))) is library
+    assert ("uses bfloat16 products" in caplog.text) == bool(library.uses_bf16_products())
 
 
 def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,12 +102,12 @@ def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (37, 51), (96, 64), (200, 333)])
-def test_linear_layers_in_int8(tier: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+def test_linear_layers_in_int8(library: ctypes.CDLL, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
     weight[0] = 0
     bias = torch.randn(shape[0], generator=generator)
-    packed = PackedLinear(LIBRARIES[tier], weight, bias, int8=True)
+    packed = PackedLinear(library, weight, bias, int8=True)
     integers, worth = rounded(weight)
     for rows in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 50, 97, 200):
         x = torch.randn(rows, shape[1], generator=generator)
@@ -70,13 +119,25 @@ def test_linear_layers_in_int8(tier: str, dtype: torch.dtype, shape: tuple[int, 
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_bit_equal_alone_and_in_company(tier: str, dtype: torch.dtype, int8: bool) -> None:
+def test_a_row_is_bit_equal_alone_and_in_company(library: ctypes.CDLL, dtype: torch.dtype, int8: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    packed = PackedLinear(LIBRARIES[tier], torch.randn(130, 77, generator=generator).to(dtype), int8=int8)
+    packed = PackedLinear(library, torch.randn(130, 77, generator=generator).to(dtype), int8=int8)
     x = torch.randn(150, 77, generator=generator)
     together = packed(x, threads=2)
     for rows in (1, 2, 5, 12, 13, 100):
         assert torch.equal(packed(x[:rows].contiguous(), threads=1), together[:rows])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_left_of_rows_before(library: ctypes.CDLL, dtype: torch.dtype, int8: bool) -> None:
+    """Zeros of a weight's padding do not hide what lies beside a row's last number: NaN times zero is NaN."""
+    wide, odd = (PackedLinear(library, torch.ones(40, inputs, dtype=dtype), int8=int8) for inputs in (64, 37))
+    x = torch.randn(5, 37, generator=torch.Generator().manual_seed(0))
+    wanted = odd(x)
+    wide(torch.full((5, 64), 1.0 if int8 else torch.nan))
+    assert wanted.isfinite().all()
+    assert torch.equal(odd(x), wanted)
 
 
 @pytest.mark.parametrize("callers", [1, 3])
@@ -126,7 +187,9 @@ def answers(together: bool, again: bool = False, **fields: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_results_are_bit_equal_alone_in_company_in_chunks_cached_and_preempted(tier: str, dtype: str) -> None:
+def test_results_are_bit_equal_alone_in_company_in_chunks_cached_and_preempted(
+    library: ctypes.CDLL, dtype: str
+) -> None:
     alone = answers(False, dtype=dtype, enable_prefix_caching=False)
     assert answers(True, dtype=dtype) == alone
     assert answers(True, again=True, dtype=dtype) == alone
@@ -135,7 +198,42 @@ def test_results_are_bit_equal_alone_in_company_in_chunks_cached_and_preempted(t
     assert answers(True, dtype=dtype, kv_cache_memory=small, num_threads=1) == alone
 
 
-def test_int8_is_bit_equal_alone_and_in_company(tier: str) -> None:
+@functools.cache
+def steps(library: ctypes.CDLL | None, dtype: str) -> torch.Tensor:
+    """Logits of a prompt, of a step that decodes for 13 sequences which share most of it, and of a lone token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pagedllm_core.model.runner.load", lambda name: library)
+        runner = ModelRunner(EngineConfig(model="tiny", dtype=dtype, block_size=16, kv_cache_memory="8MiB"))
+
+    def run(sequences: int, position: int, tokens: int) -> torch.Tensor:
+        first, count = np.arange(sequences), sequences * tokens
+        step = ForwardBatch(
+            token_ids=5 + 7 * np.arange(count),
+            positions=np.tile(position + np.arange(tokens), sequences),
+            slot_mapping=position + (16 * first[:, None] + np.arange(tokens)).ravel(),
+            query_starts=np.arange(0, count + 1, tokens, dtype=np.int32),
+            context_lens=np.full(sequences, position + tokens, dtype=np.int32),
+            block_tables=np.stack([0 * first, 0 * first + 1, 2 + first], axis=1).astype(np.int32),
+            logits_rows=np.arange(count),
+        )
+        return runner.run(step).float()
+
+    found = torch.cat([run(1, 0, 45), run(13, 32, 1), run(1, 33, 1)])
+    runner.close()
+    return found
+
+
+def test_steps_in_bfloat16_are_as_near_as_those_of_torch(library: ctypes.CDLL) -> None:
+    exact = steps(None, "float32")
+    found, wanted = (
+        (logits - exact).norm(dim=1) / (exact - exact.mean(1, keepdim=True)).norm(dim=1)
+        for logits in (steps(library, "bfloat16"), steps(None, "bfloat16"))
+    )
+    assert 1e-4 < float(found.median()) <= float(wanted.median())
+    assert float(found.max()) < 2 * float(wanted.max())
+
+
+def test_int8_is_bit_equal_alone_and_in_company(library: ctypes.CDLL) -> None:
     alone = answers(False, quantization="int8", enable_prefix_caching=False)
     assert answers(True, again=True, quantization="int8") == alone
     assert alone != answers(False, enable_prefix_caching=False), "nothing was rounded"
@@ -161,3 +259,23 @@ def test_without_the_mode_a_prompt_adds_up_in_another_order_than_a_lone_token() 
     runner = ModelRunner(EngineConfig(model="tiny", dtype="float32", kv_cache_memory="8MiB"))
     different = shapes_that_differ(runner.run, runner.vocab_size, runner.num_blocks, runner.block_size)
     assert any(shape.startswith("chunks of") for shape in different)
+
+
+def test_bfloat16_products_stay_in_registers() -> None:
+    if shutil.which("objdump") is None or not library_path("avx512").exists() or "CXXFLAGS" in os.environ:
+        pytest.skip("objdump and a library that was compiled with no other flags are needed")
+    command = ["objdump", "-d", "--no-show-raw-insn", str(library_path("avx512"))]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = "\n".join(line.partition("\t")[2] for line in listing.splitlines())
+    most = 0
+    for block in re.split(r"^(?:j|ret|$).*", code, flags=re.MULTILINE):
+        products = re.findall(r"^vdpbf16ps .*", block, re.MULTILINE)
+        if not products:
+            continue
+        loop = block[block.index(products[0]) : block.index(products[-1])]
+        assert not re.search(r"^v\w+ +%zmm\d+,[^%\n]*\(", loop, re.MULTILINE), f"a sum leaves its register: {loop}"
+        found = [re.fullmatch(r"vdpbf16ps .*\){1to16},%zmm\d+,(%zmm\d+)", product) for product in products]
+        assert all(found), "an input is broadcast where it is multiplied"
+        assert len({match and match[1] for match in found}) == len(products)
+        most = max(most, len(products))
+    assert most == 24, "two for each of 12 rows"
