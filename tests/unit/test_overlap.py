@@ -275,7 +275,14 @@ def test_aborting_what_the_host_has_yet_to_choose_for(kind: str) -> None:
     assert tokens(results[-1]) == [expected_greedy([1, 2, 3], 9, 61)]
 
 
-HOOKS = {"run": "runner", "launch": "sampler", "result": "sampler", "schedule": "scheduler", "commit": "scheduler"}
+HOOKS = {
+    "run": "runner",
+    "launch": "sampler",
+    "result": "sampler",
+    "schedule": "scheduler",
+    "commit": "scheduler",
+    "share": "pool",  # between two forks
+}
 
 
 @pytest.mark.parametrize(
@@ -288,7 +295,7 @@ def test_an_interrupted_step_loses_nothing(hook: str, overlaps: bool) -> None:
         engine = fake_engine(FakeRunner(overlaps=overlaps, num_blocks=12, generation_defaults={}))
         calls = interrupt(engine, hook, wanted)
         for number in range(3):
-            engine.add([number, 1, 2], SamplingParams(n=2, seed=number, max_tokens=9), request_id=f"pair {number}")
+            engine.add([number, 1, 2], SamplingParams(n=3, seed=number, max_tokens=9), request_id=f"group {number}")
             engine.add([number, 3, 2, 4, 5], GREEDY, request_id=f"greedy {number}")
         pieces: dict[str, list[RequestOutput]] = {}
         while engine.has_unfinished:
@@ -330,7 +337,8 @@ def interrupt(engine: Engine, hook: str, wanted: int) -> list[int]:
 
         sampler.launch = lambda *arguments: Interrupted(launch(*arguments))  # type: ignore[method-assign]
         return calls
-    owner = {"runner": engine.runner, "sampler": sampler, "scheduler": engine.scheduler}[HOOKS[hook]]
+    owners = {"runner": engine.runner, "sampler": sampler, "scheduler": engine.scheduler, "pool": engine.pool}
+    owner = owners[HOOKS[hook]]
     setattr(owner, hook, counted(getattr(owner, hook)))
     return calls
 
@@ -339,7 +347,7 @@ def interrupt(engine: Engine, hook: str, wanted: int) -> list[int]:
 def undisturbed() -> dict[str, list[list[int]]]:
     engine = fake_engine(FakeRunner(generation_defaults={}))
     for number in range(3):
-        engine.add([number, 1, 2], SamplingParams(n=2, seed=number, max_tokens=9), request_id=f"pair {number}")
+        engine.add([number, 1, 2], SamplingParams(n=3, seed=number, max_tokens=9), request_id=f"group {number}")
         engine.add([number, 3, 2, 4, 5], GREEDY, request_id=f"greedy {number}")
     return {name: tokens(output) for name, output in run_all(engine).items()}
 
