@@ -6,6 +6,8 @@ into blocks of `BLOCK` columns whose maxima say which of them matter: a top-k of
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch.nn import functional
@@ -25,7 +27,6 @@ class Blocks:
 
     Attributes:
         blocks: float [rows, blocks, `BLOCK`]; the last block is filled up with -inf.
-        maxima: Largest logit of each block, float [rows, blocks].
         precise: The type that sums are accumulated in: float64 where the device has it.
     """
 
@@ -33,9 +34,13 @@ class Blocks:
         self.vocabulary = logits.shape[1]
         missing = -logits.shape[1] % BLOCK
         padded = functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
-        self.blocks = padded.unflatten(1, (-1, BLOCK))
-        self.maxima = self.blocks.amax(dim=-1)
+        self.blocks: torch.Tensor = padded.unflatten(1, (-1, BLOCK))
         self.precise = torch.float32 if logits.device.type == "mps" else torch.float64
+
+    @functools.cached_property
+    def maxima(self) -> torch.Tensor:
+        """Largest logit of each block, float [rows, blocks]; a draw without a filter does not need them."""
+        return self.blocks.amax(dim=-1)
 
     def largest(self, count: int) -> torch.Tensor:
         """The `count` largest logits of each row, in descending order; they lie in as many blocks. [rows, count]."""
@@ -51,7 +56,7 @@ class Blocks:
         if threshold is None:
             return weigh(self.blocks, None).sum(dim=-1).to(self.precise)
         rows, columns = (self.maxima >= threshold).nonzero(as_tuple=True)
-        sums = torch.zeros_like(self.maxima, dtype=self.precise)
+        sums = self.maxima.new_zeros(self.maxima.shape, dtype=self.precise)
         sums[rows, columns] = weigh(self.blocks[rows, columns], threshold[rows]).sum(dim=-1).to(self.precise)
         return sums
 
@@ -102,13 +107,13 @@ def likely_threshold(rows: Blocks, samplings: list[Sampling]) -> torch.Tensor | 
     """The least logit that min-p, top-k and top-p (in this order) keep; float [rows, 1], or None without a filter."""
     limits = [one.top_k if 0 < one.top_k < rows.vocabulary else 0 for one in samplings]
     most, is_nucleus = max(limits), any(one.top_p < 1 for one in samplings)
-    if not most and not is_nucleus and not any(one.min_p > 0 for one in samplings):
-        return None
     threshold = None
-    largest = rows.largest(min(max(most, CANDIDATES if is_nucleus else 1), rows.vocabulary))
     if most or any(one.min_p > 0 for one in samplings):
-        threshold = _column([one.min_p for one in samplings], largest).log()
+        threshold = _column([one.min_p for one in samplings], rows.blocks).log()
         threshold.clamp_(min=torch.finfo(threshold.dtype).min)  # below it is nothing but -inf
+    if not most and not is_nucleus:
+        return threshold
+    largest = rows.largest(min(max(most, CANDIDATES if is_nucleus else 0), rows.vocabulary))
     if threshold is not None and most:
         last = torch.tensor([(limit or most) - 1 for limit in limits], device=largest.device)[:, None]
         limited = torch.tensor([limit > 0 for limit in limits], device=largest.device)[:, None]

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_CLOSING = 4096  # tokens; a search for a closing gives up beyond
-MAX_CHOICES = 4096  # places where a search at submission has to choose; forced stretches are none
-MAX_DETOUR = 64  # the same in the middle of an output, where all requests of a step wait for it
+MAX_DETOUR = 64  # places where a search in the middle of an output may choose: all requests of a step wait for it
 MAX_FAILURES = 2  # searches without a result, after which a sequence's other candidates are not searched in a step
 # What a closing tries first where several things may come: the ends of what is open, then the shortest values.
 _ENDS = """}]"01ntf[{ ,:@.aA-/TZ+"""
@@ -73,7 +72,7 @@ class Vocabulary:
             return bool(matcher.is_accepting())
         return bool(matcher.validate_tokens([*tokens, self.end_tokens[0]]) == len(tokens) + 1)
 
-    def closing(self, matcher: LLMatcher, hint: Sequence[int] = (), limit: int = MAX_CHOICES) -> list[int] | None:
+    def closing(self, matcher: LLMatcher, hint: Sequence[int] = (), limit: int = MAX_CLOSING) -> list[int] | None:
         """Tokens that complete the output, or None where none were found.
 
         Args:

@@ -61,10 +61,10 @@ def sample(logits: torch.Tensor, draws: list[Draw], best: torch.Tensor | None = 
     Returns:
         int64 [rows] on the logits' device.
     """
-    tokens = most_likely(logits)[0] if best is None else best
     random_rows = [row for row, draw in enumerate(draws) if draw.sampling.temperature >= GREEDY_BELOW]
     if len(random_rows) == len(draws):
         return _sample_random(logits, draws)
+    tokens = most_likely(logits)[0] if best is None else best
     if random_rows:
         index = torch.tensor(random_rows, device=logits.device)
         return tokens.index_copy(0, index, _sample_random(logits[index], [draws[row] for row in random_rows]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pagedllm_core.errors import InvalidRequestError
@@ -11,8 +12,24 @@ _SINGLE = ("items", "additionalItems", "contains", "not", "if", "then", "else", 
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _COMBINED = ("allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "patternProperties", "propertyNames")
+_KEYWORDS = {
+    *_SINGLE, *_LISTS, *_MAPS, *_COMBINED, "type", "enum", "const", "required", "additionalProperties", "pattern",
+    "format", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+    "minItems", "maxItems", "uniqueItems", "minContains", "maxContains", "minProperties", "maxProperties",
+    "dependentRequired", "title", "description", "default", "examples", "$schema", "$id", "$comment",
+}  # fmt: skip
 # Others are remarks to the reader, which the standard allows to leave unchecked.
 _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
+
+
+def check_keywords(schema: Mapping[str, Any]) -> None:
+    """Refuse a dictionary that is something else: as a schema it would allow everything.
+
+    Raises:
+        InvalidRequestError: It is not empty and has no keyword of JSON schema.
+    """
+    if schema and not _KEYWORDS & schema.keys():
+        raise InvalidRequestError(f"schema={str(schema)!r:.80}: has no keyword of JSON schema, so nothing would hold")
 
 
 def prepare_schema(schema: dict[str, Any], strict: bool = True) -> dict[str, Any]:
@@ -27,8 +44,9 @@ def prepare_schema(schema: dict[str, Any], strict: bool = True) -> dict[str, Any
         strict: Refuse what no grammar can hold an output to; else it is left out.
 
     Raises:
-        InvalidRequestError: It has a keyword that would not be enforced.
+        InvalidRequestError: It has a keyword that would not be enforced, or none at all.
     """
+    check_keywords(schema)
     closing = not _combines(schema)
     prepared: dict[str, Any] = _prepared(schema, closing, strict)
     return prepared

@@ -18,34 +18,29 @@ from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 
 from pagedllm_core.chat.schemas import class_schema, is_class, without_sets
+from pagedllm_core.decode.schema import check_keywords
 from pagedllm_core.errors import InvalidRequestError
 
-KEYWORDS = {
-    "type", "properties", "required", "additionalProperties", "patternProperties", "items", "prefixItems", "enum",
-    "const", "anyOf", "oneOf", "allOf", "not", "if", "$ref", "$defs", "definitions", "pattern", "format",
-}  # fmt: skip
 METHODS = ("json_schema", "function_calling", "json_mode")
 
 
 def _unwrapped(schema: Any) -> Any:
-    """The schema itself, out of the forms in which other providers give it a name."""
+    """The schema itself, out of the forms in which other providers give it a name; None where one of them lacks it."""
     if not isinstance(schema, Mapping):
         return schema
-    outer = schema.get("json_schema") if schema.get("type") == "json_schema" else schema
+    wrapped = schema.get("type") == "json_schema"  # OpenAI's form of a response format
+    outer = schema.get("json_schema") if wrapped else schema
     for key in ("schema", "input_schema"):
         if isinstance(outer, Mapping) and "properties" not in outer and isinstance(outer.get(key), Mapping):
             named = {"title": outer.get("name"), "description": outer.get("description")}
             return {**{name: text for name, text in named.items() if text}, **outer[key]}
-    return schema
+    return None if wrapped else schema
 
 
 def _json_schema(schema: Any) -> dict[str, Any]:
     """The whole JSON schema of a class or dictionary: core's conversion drops what stands beside properties."""
     if isinstance(schema, Mapping) and not ("name" in schema and "parameters" in schema) and "function" not in schema:
-        if schema and not KEYWORDS & schema.keys():
-            raise InvalidRequestError(
-                f"schema={str(schema)!r:.80}: has no keyword of a JSON schema; give one, or a pydantic class"
-            )
+        check_keywords(schema)
         return dict(schema)
     if is_class(schema):
         return class_schema(schema)

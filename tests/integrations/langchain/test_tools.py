@@ -249,8 +249,12 @@ def test_schemas_in_other_providers_wrappings(chat: ChatPagedLLM, key: str, meth
 
 
 def test_a_dictionary_that_is_no_schema_is_refused(chat: ChatPagedLLM) -> None:
-    with pytest.raises(InvalidRequestError, match="no keyword of a JSON schema"):
-        chat.with_structured_output({"age": "int"})
+    for refused in (chat.with_structured_output, lambda schema: chat.invoke("x", guided={"json": schema})):
+        with pytest.raises(InvalidRequestError, match="no keyword of JSON schema"):
+            refused({"age": "int"})
+    with pytest.raises(InvalidRequestError, match="schema=None: "):
+        chat.with_structured_output({"type": "json_schema", "json_schema": {"name": "x"}})
+    chat.with_structured_output({"minLength": 2})
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
