@@ -59,7 +59,7 @@ class ForwardBatch:
         query_starts: int32 [S + 1], first row of each sequence.
         context_lens: int32 [S].
         block_tables: int32 [S, longest table], block ids in order, 0 beyond a sequence's own.
-        logits_rows: int64 [L], rows whose logits are needed.
+        logits_rows: int64 [L], rows whose logits are needed, in ascending order.
         carried: Input ids that are not in `token_ids`, or None.
     """
 

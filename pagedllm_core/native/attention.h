@@ -31,6 +31,18 @@ std::vector<Task> tasks_of(const Step& step, int64_t group) {
     return tasks;
 }
 
+// Those among them that hold a row of logits.
+std::vector<Task> tasks_with_logits(const Step& step, const std::vector<Task>& tasks) {
+    std::vector<Task> found;
+    int64_t i = 0;
+    for (const Task& task : tasks) {
+        const int64_t before = i;
+        while (i < step.logits && step.logits_rows[i] < task.end) i++;
+        if (i > before) found.push_back(task);
+    }
+    return found;
+}
+
 // The rows of a [rows][dim] array as float32, `stride` apart.
 template <class T>
 void widen(const T* from, int64_t rows, int64_t dim, int64_t stride, float* to) {

@@ -200,56 +200,60 @@ void decode(const Decoder* decoder, const Step* step, float* logits, int64_t thr
     Buffer data(std::max(tokens, step->logits) * widest);
     std::vector<RowScale> scales(std::max(tokens, step->logits));
     const Rows packed{data.data, scales.data()};
-    const std::vector<Task> tasks = tasks_of(*step, at.heads / at.kv_heads);
     Team::Turn turn(team(), threads);
     // What lies between two linear layers is done for a group of rows, and leaves them interleaved for the next one.
     auto each_group = [&](int64_t rows, auto body) {
         turn.each(groups_of(rows), [&](int64_t g) { body(group_of(rows, g)); });
     };
-    auto normed = [&](const Matrix& next, const float* weight, const Group& group, auto row) {
+    auto normed = [&](const Matrix& next, const float* weight, const Group& group) {
         thread_local std::vector<float> y;
         y.resize(d.hidden);
-        auto norm = [&](int64_t t) {
-            rms_norm(x.data + row(t) * d.hidden, weight, d.hidden, d.epsilon, y.data());
+        auto norm = [&](int64_t row) {
+            rms_norm(x.data + row * d.hidden, weight, d.hidden, d.epsilon, y.data());
             return y.data();
         };
         interleave(next, group, norm, packed);
     };
-    auto same = [](int64_t t) { return t; };
 
     each_group(tokens, [&](const Group& group) {
         for (int64_t t = group.first; t < group.first + group.size; t++)
             embed(d, step->token_ids[t], x.data + t * d.hidden);
-        normed(d.layers->qkv, d.layers->input_norm, group, same);
+        normed(d.layers->qkv, d.layers->input_norm, group);
     });
+    const std::vector<Task> tasks = tasks_of(*step, at.heads / at.kv_heads);
+    const std::vector<Task> last_tasks = tasks_with_logits(*step, tasks);
     for (const Layer* layer = d.layers; layer != d.layers + d.num_layers; layer++) {
         linear(turn, layer->qkv, packed, tokens, {wide.data, qkv_width, false});
         each_group(tokens, [&](const Group& group) {
             for (int64_t t = group.first; t < group.first + group.size; t++)
                 rotate_and_write(d, *layer, *step, t, wide.data + t * qkv_width);
         });
-        attend_all(turn, layer->attention, *step, tasks, wide.data, qkv_width, at.dim, out.data);
-        each_group(tokens, [&](const Group& group) {
-            interleave(layer->o, group, [&](int64_t t) { return out.data + t * attended; }, packed);
+        // All keys and values are there now; of the last layer nothing else is needed but the rows of logits.
+        const bool is_last = layer + 1 == d.layers + d.num_layers;
+        const int64_t rows = is_last ? step->logits : tokens;
+        auto token = [&](int64_t row) { return is_last ? step->logits_rows[row] : row; };
+        attend_all(turn, layer->attention, *step, is_last ? last_tasks : tasks, wide.data, qkv_width, at.dim, out.data);
+        each_group(rows, [&](const Group& group) {
+            interleave(layer->o, group, [&](int64_t row) { return out.data + token(row) * attended; }, packed);
         });
-        linear(turn, layer->o, packed, tokens, {x.data, d.hidden, true});
-        each_group(tokens, [&](const Group& group) { normed(layer->gate_up, layer->post_norm, group, same); });
-        linear(turn, layer->gate_up, packed, tokens, {wide.data, 2 * d.intermediate, false});
-        each_group(tokens, [&](const Group& group) {
-            auto product = [&](int64_t t) {
-                float* gate = wide.data + t * 2 * d.intermediate;
+        for (int64_t row = 0; row < rows; row++)  // they ascend: none is written over before it has moved
+            if (token(row) != row) std::copy_n(x.data + token(row) * d.hidden, d.hidden, x.data + row * d.hidden);
+        linear(turn, layer->o, packed, rows, {x.data, d.hidden, true});
+        each_group(rows, [&](const Group& group) { normed(layer->gate_up, layer->post_norm, group); });
+        linear(turn, layer->gate_up, packed, rows, {wide.data, 2 * d.intermediate, false});
+        each_group(rows, [&](const Group& group) {
+            auto product = [&](int64_t row) {
+                float* gate = wide.data + row * 2 * d.intermediate;
                 silu_mul(gate, gate + d.intermediate, d.intermediate);
                 return gate;
             };
             interleave(layer->down, group, product, packed);
         });
-        linear(turn, layer->down, packed, tokens, {x.data, d.hidden, true});
-        if (layer + 1 != d.layers + d.num_layers)
-            each_group(tokens, [&](const Group& group) { normed(layer[1].qkv, layer[1].input_norm, group, same); });
+        linear(turn, layer->down, packed, rows, {x.data, d.hidden, true});
+        each_group(rows, [&](const Group& group) {
+            normed(is_last ? d.head : layer[1].qkv, is_last ? d.norm : layer[1].input_norm, group);
+        });
     }
-    each_group(step->logits, [&](const Group& group) {
-        normed(d.head, d.norm, group, [&](int64_t i) { return step->logits_rows[i]; });
-    });
     linear(turn, d.head, packed, step->logits, {logits, d.head.outputs, false});
 }
 }

@@ -26,8 +26,8 @@ struct Attention {
 };
 
 struct Step {
-    int64_t tokens, sequences, logits;
-    const int64_t *token_ids, *positions, *slots, *logits_rows;
+    int64_t tokens, sequences, logits;  // logits: rows of the result
+    const int64_t *token_ids, *positions, *slots, *logits_rows;  // logits_rows ascend
     const int32_t *query_starts, *context_lens, *block_tables;
     int64_t table_width;
 };

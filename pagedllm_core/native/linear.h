@@ -23,6 +23,7 @@ namespace {
 
 constexpr int NR = 2 * W, MOST_ROWS = W == 16 ? 12 : 6;
 constexpr int GROUPS_TOGETHER = 8;  // groups of MOST_ROWS rows that pass over a weight while it is in the cache
+constexpr int AHEAD = 8192;  // bytes that weights are fetched before they meet a few rows; one or two wait for memory anyway
 
 // Weights whose rows are of their type, too: 32 bits of both meet in one instruction, FAST, or in some that are everywhere.
 template <class Number, bool FAST>
@@ -42,14 +43,14 @@ inline bool multiplies_bf16() {
 // Inputs in the place of a float in a row.
 inline int64_t together(int64_t type) { return type == 1 ? 4 : type == 2 && multiplies_bf16() ? 2 : 1; }
 
-// acc plus the two products of bfloat16 in each lane of w and at x, the higher one first.
+// acc plus the two products of bfloat16 in each lane of w and x, the higher one first.
 template <bool>
-inline vf dot(vf acc, vi w, const float* x) {
+inline vf dot(vf acc, vi w, vi x) {
 #if defined(__AVX512F__) && !defined(EMULATE_BF16)
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 #else
-    const vu weights = reinterpret_cast<vu>(w), pair = *reinterpret_cast<const uint32_t*>(x) - vu{};
+    const vu weights = reinterpret_cast<vu>(w), pair = reinterpret_cast<vu>(x);
     acc += reinterpret_cast<vf>(weights & 0xffff0000u) * reinterpret_cast<vf>(pair & 0xffff0000u);
     return acc + reinterpret_cast<vf>(weights << 16) * reinterpret_cast<vf>(pair << 16);
 #endif
@@ -63,26 +64,35 @@ struct RowScale {  // of a row in int8
     int32_t offset;  // 128 times the sum of its numbers, which the weights' 128 adds
 };
 
-// acc plus four unsigned bytes in each lane of w times the four signed bytes at x.
+// acc plus the four products of an unsigned byte in each lane of w with a signed one of x.
 template <bool VNNI>
-inline vi dot(vi acc, vi w, const float* x) {
+inline vi dot(vi acc, vi w, vi x) {
 #ifdef __AVX512F__
     if constexpr (VNNI) {  // gcc 12 spills accumulators around the intrinsic
-        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
+        asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
         return acc;
     }
-    const __m512i weights = reinterpret_cast<__m512i>(w);
-    const __m512i four = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x));
+    const __m512i weights = reinterpret_cast<__m512i>(w), four = reinterpret_cast<__m512i>(x);
     const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(four, 8), 8), odd = _mm512_srai_epi16(four, 8);
     acc += reinterpret_cast<vi>(_mm512_madd_epi16(_mm512_and_si512(weights, _mm512_set1_epi16(255)), even));
     return acc + reinterpret_cast<vi>(_mm512_madd_epi16(_mm512_srli_epi16(weights, 8), odd));
 #else
-    const __m256i weights = reinterpret_cast<__m256i>(w);
-    const __m256i four = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(x));
+    const __m256i weights = reinterpret_cast<__m256i>(w), four = reinterpret_cast<__m256i>(x);
     const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), odd = _mm256_srai_epi16(four, 8);
     acc += reinterpret_cast<vi>(_mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)), even));
     return acc + reinterpret_cast<vi>(_mm256_madd_epi16(_mm256_srli_epi16(weights, 8), odd));
 #endif
+}
+
+inline vi in_each_lane(const float* four_bytes) {
+    int32_t bits;
+    std::memcpy(&bits, four_bytes, 4);
+    return bits - vi{};
+}
+
+// The lines that the next 4 NR bytes lie in.
+inline void fetch(const void* from) {
+    for (int i = 0; i < 4 * NR; i += 64) _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T0);
 }
 
 template <int ROWS, int PANELS, class Number, bool FAST>
@@ -94,9 +104,11 @@ inline void kernel(const Dots<Number, FAST>* weights, int64_t panel_size, int64_
         for (int p = 0; p < PANELS; p++) {
             const auto* w = weights + p * panel_size + k * NR;
             const vi w0 = *reinterpret_cast<const vi_u*>(w), w1 = *reinterpret_cast<const vi_u*>(w + TOGETHER * W);
+            if (ROWS > 2) fetch(reinterpret_cast<const char*>(w) + AHEAD);
             for (int r = 0; r < ROWS; r++) {
-                acc[r][p][0] = dot<FAST>(acc[r][p][0], w0, a + r);
-                acc[r][p][1] = dot<FAST>(acc[r][p][1], w1, a + r);
+                const vi x = in_each_lane(a + r);
+                acc[r][p][0] = dot<FAST>(acc[r][p][0], w0, x);
+                acc[r][p][1] = dot<FAST>(acc[r][p][1], w1, x);
             }
         }
     std::memcpy(y, acc, sizeof(acc));  // at once: as long as they are summed up, they stay in registers
@@ -117,6 +129,7 @@ inline void kernel(const T* weights, int64_t panel_size, int64_t inputs, const f
             for (int p = 0; p < PANELS; p++) {
                 const float* w = weights + p * panel_size + k * NR;
                 vf w0 = load(w), w1 = load(w + W);
+                if (ROWS > 2) fetch(reinterpret_cast<const char*>(w) + AHEAD);
                 for (int r = 0; r < ROWS; r++) {
                     acc[r][p][0] += a[r] * w0;
                     acc[r][p][1] += a[r] * w1;
@@ -127,6 +140,7 @@ inline void kernel(const T* weights, int64_t panel_size, int64_t inputs, const f
             for (int p = 0; p < PANELS; p++) {
                 const T* w = weights + p * panel_size + k * NR;
                 vu u0 = *reinterpret_cast<const vu_u*>(w), u1 = *reinterpret_cast<const vu_u*>(w + 2 * W);
+                if (ROWS > 2) fetch(reinterpret_cast<const char*>(w) + AHEAD);
                 vf low0 = reinterpret_cast<vf>(u0 << 16), low1 = reinterpret_cast<vf>(u1 << 16);
                 vf high0 = reinterpret_cast<vf>(u0 & 0xffff0000u), high1 = reinterpret_cast<vf>(u1 & 0xffff0000u);
                 for (int r = 0; r < ROWS; r++) {
