@@ -161,22 +161,24 @@ class Roof:
     operations: float
 
     @classmethod
-    def measure(cls) -> Roof:
-        """With torch's present number of threads; the best of some tries."""
-        memory, square = torch.ones(1 << 28), torch.randn(2048, 2048)
+    def measure(cls, dtype: torch.dtype) -> Roof:
+        """With torch's present number of threads; the best of some tries, multiplying in float32 or in `dtype`."""
+        memory = torch.ones(1 << 28)
         bandwidth = max(memory.nbytes / seconds(lambda: memory.sum()) for _ in range(5))
-        operations = max(2 * 2048**3 / seconds(lambda: square @ square) for _ in range(5))
+        squares = [torch.randn(2048, 2048).to(kind) for kind in {torch.float32, dtype}]
+        operations = max(2 * 2048**3 / seconds(lambda one=one: one @ one) for one in squares for _ in range(5))
         return cls(bandwidth, operations)
 
     def least_seconds(self, work: Work, config: Any, weight_bytes: int) -> float:
         """Less than any step loop can take: weights are read once a step, or multiplied, whichever takes longer.
 
-        Prompts share one step, and the head is computed for the rows that choose a token. int8 weights or bfloat16
-        instructions would have another roof.
+        Prompts share one step; the head, and the last layer but for its keys and values, is computed for the rows that
+        choose a token. int8 weights would have another roof.
         """
         hidden, inner = config.hidden_size, config.intermediate_size
         kv = config.num_key_value_heads * hidden // config.num_attention_heads
-        layers = config.num_hidden_layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+        after = 2 * hidden * hidden + 3 * hidden * inner  # of a layer, what its keys and values do not need
+        layers = config.num_hidden_layers * (2 * hidden * kv + after)
         head = hidden * config.vocab_size
         equal = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*work.prompts, strict=False))
         shared = sum(1 for _ in equal) if len(work.prompts) > 1 else 0
@@ -185,7 +187,7 @@ class Roof:
         for step in range(max(work.lengths)):
             chosen = sum(length > step for length in work.lengths) * (work.beams if step else 1)
             rows = chosen if step else prefill
-            operations = 2 * (rows * layers + chosen * head)
+            operations = 2 * (rows * (layers - after) + chosen * (after + head))
             total += max((layers + head) * weight_bytes / self.bandwidth, operations / self.operations)
         return total
 
@@ -306,7 +308,7 @@ def run(
     arguments: argparse.Namespace, systems: list[System], config: Any, dtype: str
 ) -> tuple[str, dict[str, list[float]]]:
     """All workloads; the report, and the ratios by workload."""
-    roof, ratios = Roof.measure(), {}
+    roof, ratios = Roof.measure(getattr(torch, dtype)), {}
     lines = ["| | system | seconds | × | first token, s | of the roof |", "| --- | --- | ---: | --- | ---: | ---: |"]
     for name in arguments.workloads:
         measure(name, systems, config.vocab_size, arguments.repeats)
@@ -321,8 +323,8 @@ def run(
         f"{torch.__version__}, Python {platform.python_version()}, {arguments.repeats} interleaved repeats, medians. "
         "`×` is times faster than `generate`'s padded batch in the same repeat (W5: its median latency divided by this "
         "one), with the least and the most of the repeats. The roof is what this run measured: "
-        f"{roof.bandwidth / 1e9:.1f} GB/s from memory, {roof.operations / 1e9:.0f} GFLOP/s in float32, for weights in "
-        f"{dtype}.\n\n"
+        f"{roof.bandwidth / 1e9:.1f} GB/s from memory, {roof.operations / 1e9:.0f} GFLOP/s in torch's products, for "
+        f"weights in {dtype}.\n\n"
     )
     return head + "\n".join(lines) + "\n", ratios
 

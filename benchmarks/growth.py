@@ -173,7 +173,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config, dtype = SHAPES[arguments.shape]
     config.max_position_embeddings = max(CONTEXTS) + 64
-    roof = Roof.measure()
+    roof = Roof.measure(getattr(torch, dtype))
     fields: dict[str, Any] = {
         "load_format": "dummy", "dtype": dtype, "num_threads": arguments.threads, "kv_cache_memory": "512MiB",
         "enable_prefix_caching": False, "generation_config": "none",
@@ -195,7 +195,7 @@ def main() -> None:
         f"{torch.__version__}, Python {platform.python_version()}, pagedllm-core {pagedllm_core.__version__}. Medians "
         f"of {ROUNDS * STEPS} steps, in turn; of three prefills where they are short, else one. The roof counts "
         "reading and multiplying weights, no attention: "
-        f"{roof.bandwidth / 1e9:.1f} GB/s, {roof.operations / 1e9:.0f} GFLOP/s in float32, measured in this run.\n"
+        f"{roof.bandwidth / 1e9:.1f} GB/s, {roof.operations / 1e9:.0f} GFLOP/s by torch, measured in this run.\n"
     )
     ones = (1,) * len(CONTEXTS)
     parts = [
