@@ -118,6 +118,13 @@ class EngineConfig(ValidatedModel):
             raise ValueError(f"kv_cache_memory={value!r}: must be positive")
         return size
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype_name(cls, value: object) -> object:
+        """The short names of vLLM, and torch's own types."""
+        name = str(value).removeprefix("torch.")
+        return {"half": "float16", "float": "float32"}.get(name, name)
+
     @field_validator("model")
     @classmethod
     def _model_given(cls, value: str) -> str:

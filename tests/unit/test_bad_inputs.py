@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
+import torch
 
 from pagedllm_core.config import EngineConfig, parse_bytes
 from pagedllm_core.errors import CapacityError, ContextLengthError, InvalidRequestError
@@ -151,6 +152,11 @@ def test_sizes() -> None:
         7,
         3,
     ]
+
+
+@pytest.mark.parametrize(("given", "name"), [("half", "float16"), ("float", "float32"), (torch.bfloat16, "bfloat16")])
+def test_types_by_vllms_and_torchs_names(given: object, name: str) -> None:
+    assert EngineConfig(model="m", dtype=given).dtype == name  # type: ignore[arg-type]
 
 
 def test_configurations_are_keys_and_frozen() -> None:

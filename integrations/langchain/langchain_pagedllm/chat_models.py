@@ -32,7 +32,7 @@ from langchain_pagedllm.sharing import (
     share_key,
     with_one_share,
 )
-from langchain_pagedllm.structured import as_tool, bindings_and_parser, with_raw
+from langchain_pagedllm.structured import as_tools, bindings_and_parser, with_raw
 from pagedllm_core.chat.adapter import Call, watched
 from pagedllm_core.chat.schemas import response_schema
 from pagedllm_core.chat.tools import tool_choice as parse_tool_choice
@@ -171,7 +171,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         run_manager: BaseRunManager | None = None,
     ) -> Call:
         self._warn_unknown_arguments(given, _CHAT_ARGUMENTS)
-        tools = [as_tool(tool) for tool in given.get("tools") or ()]
+        tools = as_tools(given.get("tools") or ())
         choice = parse_tool_choice(given.get("tool_choice"), tools)
         parallel = given.get("parallel_tool_calls", self.parallel_tool_calls)
         schema = response_schema(given.get("response_format"))
@@ -335,10 +335,10 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
             **kwargs: Further arguments of each call.
 
         Raises:
-            InvalidRequestError: The choice is no tool.
+            InvalidRequestError: It is no list of tools, or the choice is none of them.
         """
         with as_langchain_errors():
-            converted = [as_tool(tool, strict) for tool in tools]
+            converted = as_tools(tools, strict)
             parse_tool_choice(tool_choice, converted)
         given = {
             "tool_choice": tool_choice,

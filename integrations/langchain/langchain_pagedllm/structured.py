@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -51,9 +51,24 @@ def _json_schema(schema: Any) -> dict[str, Any]:
     return converted
 
 
+def as_tools(tools: Any, strict: bool | None = None) -> list[dict[str, Any]]:
+    """Tools in OpenAI's form.
+
+    Raises:
+        InvalidRequestError: They are no list, or one of them describes no tool.
+    """
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+        raise InvalidRequestError(f"tools={tools!r:.80}: give a list of functions, tools, classes or JSON schemas")
+    return [as_tool(tool, strict) for tool in tools]
+
+
 def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
     """A tool in OpenAI's form; a class keeps its whole schema."""
-    converted = convert_to_openai_tool(tool, strict=strict)
+    try:
+        converted = convert_to_openai_tool(tool, strict=strict)
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InvalidRequestError(f"tools: {tool!r:.80} does not describe a tool ({reason})") from error
     if not isinstance(tool, Mapping):  # Python makes a set of what it reads
         converted = without_sets(converted)
     if is_class(tool):

@@ -248,6 +248,19 @@ def test_schemas_in_other_providers_wrappings(chat: ChatPagedLLM, key: str, meth
     jsonschema.validate(structured.invoke("Anna is 7."), inner)
 
 
+def _double(x: int) -> int:
+    """Twice x."""
+    return 2 * x
+
+
+@pytest.mark.parametrize("tools", [_double, 5, "double", {"name": "double"}, [5], [_double, None]])
+def test_what_is_no_list_of_tools_is_refused(chat: ChatPagedLLM, tools: object) -> None:
+    for refused in (chat.bind_tools, lambda given: chat.invoke("x", tools=given)):
+        with pytest.raises(InvalidRequestError, match=r"^tools"):
+            refused(tools)
+    assert chat.bind_tools((_double,)).kwargs["tools"][0]["function"]["name"] == "_double"
+
+
 def test_a_dictionary_that_is_no_schema_is_refused(chat: ChatPagedLLM) -> None:
     for refused in (chat.with_structured_output, lambda schema: chat.invoke("x", guided={"json": schema})):
         with pytest.raises(InvalidRequestError, match="no keyword of JSON schema"):
