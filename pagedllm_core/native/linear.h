@@ -23,7 +23,7 @@ namespace {
 
 constexpr int NR = 2 * W, MOST_ROWS = W == 16 ? 12 : 6;
 constexpr int GROUPS_TOGETHER = 8;  // groups of MOST_ROWS rows that pass over a weight while it is in the cache
-constexpr int AHEAD = 8192;  // bytes that weights are fetched before they meet a few rows; one or two wait for memory anyway
+constexpr int AHEAD = 8192;  // bytes between the weights in use and those being fetched; one or two rows wait for them anyway
 
 // Weights whose rows are of their type, too: 32 bits of both meet in one instruction, FAST, or in some that are everywhere.
 template <class Number, bool FAST>
