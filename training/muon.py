@@ -1,4 +1,4 @@
-"""The Muon optimiser in float32, for processors without bfloat16 arithmetic."""
+"""The Muon optimiser; its matrix products run in bfloat16 where the processor has them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+"""Whether the processor multiplies in bfloat16 faster than in float32."""
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -17,10 +19,11 @@ def orthogonalise(matrix: Tensor, steps: int = 4) -> Tensor:
     tall = matrix.size(0) > matrix.size(1)
     x: Tensor = matrix.T if tall else matrix
     x = x / (torch.linalg.vector_norm(x) + 1e-7)
+    x = x.bfloat16() if BFLOAT16 else x
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.T if tall else x
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):

@@ -108,7 +108,7 @@ class ToolMaker:
     def arguments(self, tool: dict[str, Any], rng: Rng) -> dict[str, Any]:
         """Random arguments for a tool; texts are now and then in letters of another script."""
         return {
-            key: v.foreign(rng) if kind == "string" and rng.random() < 0.15 else make(rng)
+            key: v.foreign(rng) if kind == "string" and rng.random() < 0.35 else make(rng)
             for key, kind, make, _ in tool["params"]
         }
 

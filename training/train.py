@@ -31,11 +31,12 @@ from .chatml import END, END_OF_TEXT, segments, token_id
 from .evaluate import evaluate, overall
 from .generator import Generator
 from .grammar import STOP, stem
-from .muon import Muon
+from .muon import BFLOAT16, Muon
 
 log = logging.getLogger("training")
 TOKENS_PER_STEP = 3584
 POOL_STEPS = 20  # batches that are cut from one pool of dialogues
+LONGEST_STEP = 10  # seconds that a step counts at most: a run that was stopped goes on where it was
 OTHER_WEIGHT = 0.03
 OTHER_SHARE = 0.2  # part of the other tokens on which the loss is computed
 
@@ -238,6 +239,7 @@ class Trainer:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         torch.manual_seed(arguments.seed)
         self.model = LlamaForCausalLM(configuration())
+        self.model.set_attn_implementation("training")
         matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         rest = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
         self.optimisers: list[torch.optim.Optimizer] = [
@@ -250,6 +252,10 @@ class Trainer:
         self.elapsed, self.tokens, self.step, self.best = 0.0, 0, 0, -1.0
         if arguments.resume and (self.run / "checkpoint.pt").exists():
             self.load()
+        elif arguments.weights:
+            self.model.load_state_dict(
+                LlamaForCausalLM.from_pretrained(arguments.weights, dtype=torch.float32).state_dict()
+            )
         if arguments.elapsed is not None:
             self.elapsed = arguments.elapsed * 60
         self.renew_batches()
@@ -305,7 +311,8 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = self.arguments.lr * factor
         ids, weights, targets = self.batches.batch(progress)
-        loss, learnt = loss_of(self.model, ids, weights)
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+            loss, learnt = loss_of(self.model, ids, weights)
         for kind, part in self.watcher.losses(targets).items():
             self.attention[kind] = 0.97 * self.attention[kind] + 0.03 * part.item()
             loss = loss + HEADS[kind][2] * (1 - progress) * part
@@ -334,7 +341,9 @@ class Trainer:
     def check_here(self, per_task: int) -> None:
         """The work of the first process at a check."""
         self.model.train(False)
+        self.model.set_attn_implementation("sdpa")  # the training's own knows no cache
         result = evaluate(self.model, self.tokenizer, per_task)
+        self.model.set_attn_implementation("training")
         self.model.train()
         score = overall(result)
         self.write({"step": self.step, "minutes": round(self.elapsed / 60, 1), "score": score, "exact": result})
@@ -354,7 +363,7 @@ class Trainer:
             learnt = self.update(self.elapsed / total)
             mean = learnt if mean == 0 else 0.97 * mean + 0.03 * learnt
             now = time.monotonic()
-            self.elapsed, last = self.clock(self.elapsed + now - last), now
+            self.elapsed, last = self.clock(self.elapsed + min(now - last, LONGEST_STEP)), now
             if self.step % 25 == 0 and self.rank == 0:
                 speed = (self.tokens - first) / (now - begin)
                 record = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "loss": round(mean, 4)}
@@ -380,6 +389,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=6, help="minutes between evaluations")
     parser.add_argument("--per-task", type=int, default=16)
     parser.add_argument("--elapsed", type=float, help="count this many minutes as already used")
+    parser.add_argument("--weights", help="a model folder whose weights a new run starts from")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--export", action="store_true", help="write the best model into pagedllm_core/bundled/tiny")
     arguments = parser.parse_args()
