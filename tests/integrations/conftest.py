@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import pagedllm_core
+from pagedllm_core.streams import Mailbox
 
 
 def settled(engine) -> bool:
@@ -34,6 +35,21 @@ def fresh_engines():
     pagedllm_core.shutdown()
     yield
     pagedllm_core.shutdown()
+
+
+@pytest.fixture
+def every_output(monkeypatch):
+    """Give a stream's reader each output on its own, as if it were never slower than the engine."""
+
+    def take(mailbox):
+        with mailbox._condition:
+            found = mailbox._deltas[mailbox._read : mailbox._read + 1]
+            mailbox._read += len(found)
+        if not found and mailbox._error is not None:
+            raise mailbox._error
+        return found[0] if found else None
+
+    monkeypatch.setattr(Mailbox, "take", take)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -278,6 +278,7 @@ async def test_another_tokenizer_in_the_settings_changes_no_passage(monkeypatch)
 
 
 @needs(*LLAMA_INDEX)
+@pytest.mark.usefixtures("every_output")
 async def test_an_answer_streams_and_names_its_source() -> None:
     async def work(assistant):
         return [part async for part in assistant.stream("How many chairs does the dialysis unit have?")]

@@ -85,6 +85,7 @@ def test_finish_reasons(chat):
     assert ChatPagedLLM(model="tiny", stop=stop, dtype="float32").invoke(QUESTION).content == stopped.content
 
 
+@pytest.mark.usefixtures("every_output")
 def test_a_stream_is_the_reply_in_pieces(chat):
     reply = chat.invoke(QUESTION)
     total, chunks = merged(chat.stream(QUESTION))

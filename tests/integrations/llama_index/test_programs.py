@@ -202,6 +202,7 @@ async def test_an_agent_with_an_output_class(llm: PagedLLM) -> None:
 # Programs.
 
 
+@pytest.mark.usefixtures("every_output")
 async def test_a_function_calling_program(llm: PagedLLM) -> None:
     program = FunctionCallingProgram.from_defaults(Person, "{who} is 7.", llm=llm)
     assert isinstance(program(who="Anna"), Person)

@@ -111,6 +111,7 @@ async def predict(llm: LLM, path: str, output_cls: type[BaseModel], **llm_kwargs
     return [found async for found in await llm.astream_structured_predict(*given, who="Anna")]
 
 
+@pytest.mark.usefixtures("every_output")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("output_cls", [Person, Node])
