@@ -55,10 +55,6 @@ class TestUnit(_Flags, ChatModelUnitTests):
 class TestIntegration(_Flags, ChatModelIntegrationTests):
     """The integration tests."""
 
-    @pytest.mark.xfail(reason="the bundled model copies the Japanese name, and not yet the Chinese one")
-    def test_unicode_tool_call_integration(self, model: BaseChatModel, **arguments: Any) -> None:
-        super().test_unicode_tool_call_integration(model, **arguments)
-
     @property
     def supported_usage_metadata_details(self) -> dict[str, list[str]]:
         return {
