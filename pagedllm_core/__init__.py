@@ -9,8 +9,6 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from pagedllm_core.loading import paused_collector
-
 if TYPE_CHECKING:
     from pagedllm_core.async_engine import AsyncEngine, RequestHandle
     from pagedllm_core.config import EngineConfig
@@ -69,8 +67,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with paused_collector():
-        value = getattr(importlib.import_module(f"pagedllm_core.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"pagedllm_core.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -24,7 +24,6 @@ from pagedllm_core.errors import (
 from pagedllm_core.intake import Intake, Prompt
 from pagedllm_core.kv.pool import BlockPool
 from pagedllm_core.kv.table import BlockTable
-from pagedllm_core.loading import paused_collector
 from pagedllm_core.metrics import EngineStats
 from pagedllm_core.model.interface import Runner
 from pagedllm_core.moves import BlockMover
@@ -385,7 +384,6 @@ class Engine:
 
 
 def _load(config: EngineConfig) -> Runner:
-    with paused_collector():
-        from pagedllm_core.model.runner import ModelRunner
+    from pagedllm_core.model.runner import ModelRunner
 
-        return ModelRunner(config)
+    return ModelRunner(config)
