@@ -19,6 +19,7 @@ from pagedllm_core.decode.schema import prepare_schema
 from pagedllm_core.decode.texts import write_text
 from pagedllm_core.params import GuidedParams
 
+_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]|[:,] ')
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -140,6 +141,8 @@ class ReplyRules:
         lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
         for number, tool in enumerate(tools):
             head, tail = (write_text(text, added_tokens) for text in (style.head(tool_name(tool)), style.tail))
+            if not self._tag and self.schema is not None:
+                head = _apart(style.head(tool_name(tool)))
             lines.append(f"call_{number}: {head} arguments_{number} {tail}")
             schema = {**tool_parameters(tool), "type": "object"}
             lines.append(f"arguments_{number}: %json {_schema(schema, self.strict)}")
@@ -152,6 +155,15 @@ def _up_to(name: str, tag: str, added_tokens: Mapping[str, int], but: str = "") 
         return [f"{name}: {name.upper()}? <[{added_tokens[tag]}]>", f"{name.upper()}: {_without(tag)}{but}"]
     terminal = f"{name.upper()}: /(.|\\n)*/{but}"
     return [f"{name}[suffix={json.dumps(tag, ensure_ascii=False)}]: {name.upper()}", terminal]
+
+
+def _apart(head: str) -> str:
+    """The beginning of an object in the pieces that llguidance makes of JSON.
+
+    Of two pieces that may come next it reads the longer one: a head in one piece would be read for any brace, and no
+    answer in JSON could begin.
+    """
+    return " ".join(json.dumps(piece, ensure_ascii=False) for piece in _PIECE.findall(head))
 
 
 def _schema(schema: Mapping[str, Any], strict: bool) -> str:

@@ -198,6 +198,8 @@ class ReplyReader:
     def _whole(self, body: str, value: object, end: int) -> bool:
         """A value that is complete, in another form than the usual one."""
         tools = self.style.tools
+        if self.style.json and tools is not None and not tools.begin:
+            return self._go("text", self._leading)  # a call would have begun as one, and this is the answer
         try:
             call = as_call(value)
         except ValueError as error:

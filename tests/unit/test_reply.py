@@ -227,7 +227,17 @@ def test_an_answer_in_json_may_hold_tags():
     assert names_and_arguments(read_reply(written(style, CALLS[:2]), style)) == CALLS[:2]
 
 
+def test_an_answer_in_json_may_look_like_a_call():
+    style = ReplyStyle(tools=LLAMA, names=["add"], json=True)
+    text = '{"name": "add"}'
+    for cuts in ([], list(range(1, len(text)))):
+        assert collect(streamed(text, style, cuts)) == Reply(text)
+    call = written(style, [("add", {"a": 1})])
+    assert names_and_arguments(read_reply(call, style)) == [("add", {"a": 1})]
+
+
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+NAMED = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 OFFERED = [{"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in ("add", "sub")]
 Encode = Callable[[str], list[int]]
 
@@ -278,8 +288,8 @@ def check_grammars(grammars: Grammars) -> None:
         assert accepts(none, f"{before}Hi there")
         for schema_choice, taken in ((AUTO, True), (required, False)):
             assert accepts(schema_choice, before + call, schema=PARAMETERS)
-            if style.tools.begin:
-                assert accepts(schema_choice, before + '{"a": 1}', schema=PARAMETERS) is taken
+            assert accepts(schema_choice, before + '{"a": 1}', schema=PARAMETERS) is taken
+            assert accepts(schema_choice, before + '{"name": "add"}', schema=NAMED) is taken
             assert not accepts(schema_choice, f"{before}Hi there", schema=PARAMETERS)
         if style.tools.begin:
             assert accepts(AUTO, f"{before}Sure.\n{call}")
