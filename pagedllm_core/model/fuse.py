@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.attention.native import MOST_DIM, describe_attention
 from pagedllm_core.kv.storage import KVStorage
 from pagedllm_core.model.parts import DecoderParts, DoesNotFit, Limits, find_parts, is_near, prove_fused, try_small
-from pagedllm_core.model.probe import ProbedLayer
+from pagedllm_core.model.probe import AttentionLayer, ProbedLayer
 from pagedllm_core.model.support import unsupported
 from pagedllm_core.native.library import DTYPES, DecoderStruct, LayerStruct, PackedLinear, Step
 
@@ -28,7 +29,7 @@ class FusedDecoder:
 
     Args:
         parts: The model's modules; their linear weights are dropped one after the other.
-        probed: Its attention layers.
+        attention: Its attention layers.
         library: The native code.
         int8: Round all linear layers to int8, the head included.
         in_order: Let no sum depend on what else is in a step; chunks are slower then.
@@ -37,19 +38,23 @@ class FusedDecoder:
     def __init__(
         self,
         parts: DecoderParts,
-        probed: list[ProbedLayer],
+        attention: Sequence[AttentionLayer],
         library: ctypes.CDLL,
         int8: bool = False,
         in_order: bool = False,
     ) -> None:
         self._library, self._rotary, self._int8, self._in_order = library, parts.rotary, int8, in_order
-        self._attention = [(layer.spec, layer.geometry) for layer in probed]  # not their modules: those hold the file
+        self._attention = [
+            (layer.spec, layer.geometry) for layer in attention
+        ]  # not their modules: those hold the file
         self._held: list[Any] = []  # what the structures point to
         self._rotations = (torch.empty(0, 0), torch.empty(0, 0))
+        lanes, intermediate = library.lanes(), parts.layers[0].down.in_features
+        turns = lanes if intermediate % lanes == 0 else 0  # a gate meets what it multiplies while both are in registers
         self._layers = (LayerStruct * len(parts.layers))()
         for struct, layer in zip(self._layers, parts.layers, strict=True):
             struct.qkv, struct.o = self._pack(layer.qkv), self._pack([layer.o])
-            struct.gate_up, struct.down = self._pack(layer.gate_up), self._pack([layer.down])
+            struct.gate_up, struct.down = self._pack(layer.gate_up, turns=turns), self._pack([layer.down])
             struct.input_norm, struct.post_norm = self._floats(layer.input_norm), self._floats(layer.post_norm)
             struct.q_norm, struct.k_norm = self._floats(layer.q_norm), self._floats(layer.k_norm)
         embedding = parts.embedding.detach().clone()  # the weights' file, which it may be mapped from, is let go
@@ -60,7 +65,8 @@ class FusedDecoder:
             layers=self._layers,
             num_layers=len(parts.layers),
             hidden=embedding.shape[1],
-            intermediate=self._layers[0].down.inputs,
+            intermediate=intermediate,
+            is_gated=turns > 0,
             epsilon=parts.epsilon,
             embedding=embedding.data_ptr(),
             embedding_is_bf16=embedding.dtype == torch.bfloat16,
@@ -68,11 +74,17 @@ class FusedDecoder:
             head=head,
         )
 
-    def _pack(self, modules: list[nn.Linear], keep: bool = False) -> Any:
-        """The merged weight as one packed matrix; the modules' own is dropped."""
+    def _pack(self, modules: list[nn.Linear], keep: bool = False, turns: int = 0) -> Any:
+        """The merged weight as one packed matrix; the modules' own is dropped.
+
+        The outputs of its two halves take turns of `turns` where that is given.
+        """
         weight = modules[0].weight if len(modules) == 1 else torch.cat([module.weight for module in modules])
         biases = [torch.zeros(one.out_features) if one.bias is None else one.bias.float() for one in modules]
         bias = torch.cat(biases) if any(module.bias is not None for module in modules) else None
+        if turns:
+            weight = weight.view(2, -1, turns, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
+            bias = None if bias is None else bias.view(2, -1, turns).transpose(0, 1).reshape(-1)
         packed = PackedLinear(self._library, weight, bias, self._int8)
         self._held.append(packed)
         if not keep:

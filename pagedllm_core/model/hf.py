@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from pagedllm_core.attention.base import AttentionBackend, LayerSpec
 
@@ -61,12 +59,18 @@ def _attention(
 
 def _full_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The mask as a tensor, also where a flag would do."""
+    from transformers.masking_utils import sdpa_mask
+
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
-AttentionInterface.register(PAGED, _attention)
-AttentionInterface.register(PROBE, _attention)
-AttentionMaskInterface.register(PROBE, _full_mask)
+def register_attention() -> None:
+    """Make both implementations known to transformers; before a model is built. Imports its modelling code."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(PAGED, _attention)
+    AttentionInterface.register(PROBE, _attention)
+    AttentionMaskInterface.register(PROBE, _full_mask)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Loads a causal LM with transformers' own machinery, attention replaced, into a `LoadedModel`."""
+"""Loads a causal LM into a `LoadedModel`: with transformers' own machinery, attention replaced, or directly.
+
+transformers' modelling code takes seconds to import, so only what needs it does.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.errors import InvalidRequestError, ModelLoadError, PagedLLMError, UnsupportedModelError
-from pagedllm_core.model.hf import PAGED
+from pagedllm_core.model.direct import DirectDecoder, plain_config, read_decoder
+from pagedllm_core.model.hf import PAGED, register_attention
 from pagedllm_core.model.limits import context_limit
 from pagedllm_core.model.resolve import check_weights, find_model, find_tokenizer, read_json, refuse_code
 from pagedllm_core.model.rope import fix_rotary_frequencies
@@ -42,7 +45,8 @@ class LoadedModel:
     """A model on its device and everything that its folder says about it.
 
     Attributes:
-        model: The transformers module in eval mode; its attention works only inside an engine.
+        model: The transformers module in eval mode, whose attention works only inside an engine; or a decoder that was
+            read directly.
         hf_config: Its configuration.
         tokenizer: Its tokenizer, or None where the folder has none.
         generation_config: The values of generation_config.json that are set.
@@ -53,7 +57,7 @@ class LoadedModel:
         name: What the user called it.
     """
 
-    model: nn.Module
+    model: nn.Module | DirectDecoder
     hf_config: Any
     tokenizer: Any
     generation_config: dict[str, Any]
@@ -64,8 +68,12 @@ class LoadedModel:
     name: str
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(config: EngineConfig, direct: bool = False) -> LoadedModel:
     """Load the model that a configuration names.
+
+    Args:
+        config: The configuration.
+        direct: Read a decoder for native code directly where that is possible.
 
     Raises:
         ModelLoadError: Files are missing, damaged or of a kind that is not loaded.
@@ -75,25 +83,28 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = pick_device(config.device)
     folder = find_model(config.model, config.revision, config.trust_remote_code)
     refuse_code(folder, config.trust_remote_code)
-    hf_config = _read_config(folder, config.trust_remote_code)
+    plain = plain_config(folder) if direct and config.load_format != "dummy" else None
+    hf_config = plain or _read_config(folder, config.trust_remote_code)
     refuse_unsupported(hf_config)
     max_model_len = context_limit(hf_config, config.max_model_len)
     generation_config = _generation_config(config.generation_config, folder)
-    tokenizer = _tokenizer(config, folder)
+    tokenizer = _tokenizer(config, folder, plain)
     dtype = _pick_dtype(config.dtype, hf_config, device)
-    hf_config.return_dict = True
-    with _loading:
-        if config.load_format == "dummy":
-            model = _random_model(hf_config, dtype, config)
-        else:
-            check_weights(folder)
-            model = _pretrained_model(folder, hf_config, dtype, config)
-    model = model.to(device).eval().requires_grad_(False)
-    fix_rotary_frequencies(model, max_model_len)
+    if config.load_format != "dummy":
+        check_weights(folder)
+    model: nn.Module | DirectDecoder | None
+    if plain is not None:
+        model = read_decoder(folder, plain, dtype)
+        if model is None:  # its weights are not the usual ones
+            return load_model(config)
+    else:
+        model = _transformers_model(folder, hf_config, dtype, config).to(device).eval().requires_grad_(False)
+        hf_config = model.config
+        fix_rotary_frequencies(model, max_model_len)
     own_generation = generation_config or _generation_config("auto", folder)
     return LoadedModel(
         model=model,
-        hf_config=model.config,
+        hf_config=hf_config,
         tokenizer=tokenizer,
         generation_config=generation_config,
         dtype=dtype,
@@ -131,6 +142,8 @@ def pick_device(asked: str) -> torch.device:
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
     path = folder / "config.json"
     content = read_json(path)
     try:
@@ -190,8 +203,20 @@ def _build(hf_config: Any, make: Callable[[], Any]) -> Any:
         raise ModelLoadError(f"model: {name} could not be built ({type(error).__name__}: {error})") from error
 
 
+def _transformers_model(folder: Path, hf_config: Any, dtype: torch.dtype, config: EngineConfig) -> nn.Module:
+    """A model of transformers' own code, with its weights or random ones."""
+    hf_config.return_dict = True
+    with _loading:
+        register_attention()
+        if config.load_format == "dummy":
+            return _random_model(hf_config, dtype, config)
+        return _pretrained_model(folder, hf_config, dtype, config)
+
+
 def _pretrained_model(folder: Path, hf_config: Any, dtype: torch.dtype, config: EngineConfig) -> nn.Module:
     """Read the weights; transformers shows its progress bar."""
+    from transformers import AutoModelForCausalLM
+
     model, info = _build(
         hf_config,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -233,6 +258,8 @@ def _random_model(hf_config: Any, dtype: torch.dtype, config: EngineConfig) -> n
     Matrices are normal with variance 1 / columns, so that activations keep their scale through any depth and logits
     spread by about 1; with the usual `initializer_range` they would be almost flat in a small model.
     """
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model: nn.Module = _build(
@@ -251,8 +278,13 @@ def _random_model(hf_config: Any, dtype: torch.dtype, config: EngineConfig) -> n
     return model.to(dtype)
 
 
-def _tokenizer(config: EngineConfig, folder: Path) -> Any:
-    """The tokenizer, or None where the model's folder has none."""
+def _tokenizer(config: EngineConfig, folder: Path, plain: Any) -> Any:
+    """The tokenizer, or None where the model's folder has none.
+
+    It asks for the model's configuration; a plain one will do where the folder names the tokenizer's class.
+    """
+    from transformers import AutoTokenizer
+
     if config.tokenizer is not None:
         revision = config.revision if config.tokenizer == config.model else None
         folder = find_tokenizer(config.tokenizer, revision)
@@ -261,9 +293,12 @@ def _tokenizer(config: EngineConfig, folder: Path) -> Any:
         if config.tokenizer is not None:
             raise ModelLoadError(f"tokenizer={config.tokenizer!r}: {folder} holds no tokenizer files")
         return None
+    names = folder / "tokenizer_config.json"
+    own = config.tokenizer is None and names.is_file() and read_json(names).get("tokenizer_class")
+    known = {"config": plain} if plain is not None and own else {}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code, local_files_only=True
+            folder, trust_remote_code=config.trust_remote_code, local_files_only=True, **known
         )
         # What is too long is refused; transformers' own warning of it would speak of indexing errors.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True

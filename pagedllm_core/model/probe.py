@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from pagedllm_core.attention.base import AttentionBackend, ForwardBatch, LayerSpec
 from pagedllm_core.errors import UnsupportedModelError
@@ -49,18 +48,27 @@ _KNOWN_ARGUMENTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class ProbedLayer:
-    """One attention module of the model.
+class AttentionLayer:
+    """One layer's attention.
 
     Attributes:
-        module: The module that calls attention.
         spec: What it computes.
         geometry: What it stores per token.
     """
 
-    module: nn.Module
     spec: LayerSpec
     geometry: LayerGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedLayer(AttentionLayer):
+    """One attention module of a transformers model.
+
+    Attributes:
+        module: The module that calls attention.
+    """
+
+    module: nn.Module
 
 
 @dataclass(slots=True)
@@ -231,7 +239,7 @@ def _layer(hf_config: Any, number: int, call: _Call, windows: dict[int, int]) ->
         sinks=arguments.get("s_aux"),
         kv_group=number,
     )
-    return ProbedLayer(call.module, spec, LayerGeometry(kv_heads, width, call.dtype))
+    return ProbedLayer(spec, LayerGeometry(kv_heads, width, call.dtype), call.module)
 
 
 def _seen_window(hf_config: Any, number: int, mask: Any) -> int | None:
@@ -267,6 +275,8 @@ def _with_real_window(hf_config: Any, layer: ProbedLayer, windows: dict[int, int
 
 def _compare_with_cache(hf_config: Any, layers: list[ProbedLayer]) -> None:
     """The cache that `generate` would use drops what is out of its windows; they must be those of the masks."""
+    from transformers import DynamicCache
+
     try:
         cache = [
             (getattr(layer, "is_sliding", False), getattr(layer, "sliding_window", None))

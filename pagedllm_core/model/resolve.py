@@ -139,26 +139,33 @@ def refuse_code(folder: Path, trust_remote_code: bool) -> None:
             )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a model's weights.
+
+    Raises:
+        ModelLoadError: There are none.
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ModelLoadError(f"{index}: has no weight_map of tensors to files; fetch the file again")
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    raise ModelLoadError(_no_weights(folder))
+
+
 def check_weights(folder: Path) -> None:
     """Make sure that the weights are whole safetensors files, before anything large is allocated.
 
     Raises:
         ModelLoadError: They are missing, damaged or in a format that is not loaded; names the file.
     """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ModelLoadError(f"{index}: has no weight_map of tensors to files; fetch the file again")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        raise ModelLoadError(_no_weights(folder))
-    for path in files:
+    for path in weight_files(folder):
         if path.suffix != ".safetensors":
-            raise ModelLoadError(f"{path}: named by {index.name}, but only .safetensors files are loaded")
+            raise ModelLoadError(f"{path}: named by the index of its folder, but only .safetensors files are loaded")
         try:
             with safe_open(path, framework="pt"):  # reads the header and compares it with the file's length
                 pass

@@ -20,10 +20,11 @@ from pagedllm_core.decode.device import DeviceSampler
 from pagedllm_core.errors import CapacityError, InvalidRequestError, UnsupportedModelError
 from pagedllm_core.kv.storage import KVStorage, LayerGeometry, block_bytes
 from pagedllm_core.model.determinism import shapes_that_differ
+from pagedllm_core.model.direct import DirectDecoder
 from pagedllm_core.model.fuse import FusedDecoder, fuse
-from pagedllm_core.model.loader import LoadedModel, load_model
+from pagedllm_core.model.loader import LoadedModel, load_model, pick_device
 from pagedllm_core.model.memory import give_back_memory
-from pagedllm_core.model.probe import ProbedLayer, probe_layers
+from pagedllm_core.model.probe import AttentionLayer, probe_layers
 from pagedllm_core.model.sizing import graph_memory, host_blocks, largest_step, pool_blocks
 from pagedllm_core.model.steps import GpuCode, GpuSteps, MakeBackend, Steps, TorchSteps, gpu_code
 from pagedllm_core.native.library import load, tier
@@ -73,8 +74,10 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, *, gpu: GpuCode | None = None) -> None:
         self._num_threads = config.num_threads
         self.sampler: DeviceSampler | None = None
+        gpu = gpu or gpu_code(pick_device(config.device))
+        library = load(tier()) if gpu is None and pick_device(config.device).type == "cpu" else None
         with self._threads():
-            loaded = load_model(config)
+            loaded = load_model(config, direct=library is not None)
         self.max_model_len = loaded.max_model_len
         self.block_size = config.block_size
         self.eos_token_ids = loaded.eos_token_ids
@@ -84,8 +87,6 @@ class ModelRunner:
         self.dtype = loaded.dtype
         self.model_name = loaded.name
         self.vocab_size = _logits_width(loaded)
-        gpu = gpu or gpu_code(self.device)
-        library = load(tier()) if self.device.type == "cpu" and gpu is None else None
         with self._on_device():
             self._steps, layers = self._make_steps(loaded, config, library, gpu)
             del loaded  # a fused form has the weights that it needs
@@ -109,14 +110,19 @@ class ModelRunner:
 
     def _make_steps(
         self, loaded: LoadedModel, config: EngineConfig, library: ctypes.CDLL | None, gpu: GpuCode | None
-    ) -> tuple[Steps, list[ProbedLayer]]:
+    ) -> tuple[Steps, Sequence[AttentionLayer]]:
         """What computes the steps, and the model's attention layers."""
+        model, hf_config, int8 = loaded.model, loaded.hf_config, config.quantization == "int8"
+        if isinstance(model, DirectDecoder):
+            if library is None:
+                raise RuntimeError("a model was read directly, and there is no native code to run it")
+            self.is_fused = True
+            return FusedDecoder(*model, library, int8, config.deterministic), model.attention
         attention: MakeBackend = TorchPagedAttention
         if library is not None:
             attention = partial(NativeAttention, library=library)
         elif gpu is not None:
             attention = gpu.attention
-        model, hf_config, int8 = loaded.model, loaded.hf_config, config.quantization == "int8"
         # A model is tried on a few tokens: hundreds of small operations, which wait for threads longer than they work.
         size = sum(parameter.nbytes for parameter in model.parameters())
         with self._threads(most=1 + size // _WORTH_A_THREAD):
@@ -301,6 +307,8 @@ def _stored(geometry: LayerGeometry, config: EngineConfig, gpu: GpuCode | None) 
 
 def _logits_width(loaded: LoadedModel) -> int:
     """Width of the logits, which may be padded beyond the configured vocabulary."""
+    if isinstance(loaded.model, DirectDecoder):
+        return loaded.model.parts.head.out_features
     head: Any = loaded.model.get_output_embeddings()  # type: ignore[operator]
     width = getattr(head, "out_features", None) or getattr(getattr(head, "weight", None), "shape", [None])[0]
     return int(width or loaded.hf_config.get_text_config(decoder=True).vocab_size)

@@ -64,11 +64,7 @@ void rotate_and_write(const Decoder& d, const Layer& layer, const Step& step, in
 
 void silu_mul(float* gate, const float* up, int64_t count) {  // the product takes the gate's place
     int64_t i = 0;
-    for (; i + W <= count; i += W) {
-        vf g = load(gate + i);
-        vf e = exponential(-(g < -87.0f ? all(-87.0f) : g));
-        store(gate + i, g / (1.0f + e) * load(up + i));
-    }
+    for (; i + W <= count; i += W) store(gate + i, silu(load(gate + i)) * load(up + i));
     for (; i < count; i++) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
 
@@ -138,6 +134,8 @@ extern "C" {
 
 int64_t uses_bf16_products() { return multiplies_bf16(); }  // bfloat16 weights meet rows that are rounded to it
 
+int64_t lanes() { return W; }
+
 int64_t packed_size(int64_t outputs, int64_t inputs, int64_t type) {  // bytes
     return (outputs + NR - 1) / NR * NR * padded_inputs(inputs, type) * type;
 }
@@ -168,7 +166,7 @@ void matmul(const Matrix* m, const float* x, int64_t rows, float* y, int64_t thr
     turn.each(groups_of(rows), [&](int64_t g) {
         interleave(*m, group_of(rows, g), [&](int64_t row) { return x + row * m->inputs; }, packed);
     });
-    linear(turn, *m, packed, rows, {y, m->outputs, false});
+    linear(turn, *m, packed, rows, {y, m->outputs, Output::SET});
 }
 
 // q [heads][tokens][dim], k and v [kv_heads][tokens][dim], with the strides (head, row) given in numbers.
@@ -195,7 +193,8 @@ void decode(const Decoder* decoder, const Step* step, float* logits, int64_t thr
     const Attention& at = d.layers[0].attention;
     const int64_t tokens = step->tokens, attended = at.heads * at.dim, qkv_width = (at.heads + 2 * at.kv_heads) * at.dim;
     const int64_t widest = std::max({d.hidden, d.intermediate, attended}) + 1;  // an odd number is padded
-    const int64_t wide_width = std::max(2 * d.intermediate, qkv_width);
+    const int64_t gate_width = d.is_gated ? d.intermediate : 2 * d.intermediate;
+    const int64_t wide_width = std::max(gate_width, qkv_width);
     Buffer x(tokens * d.hidden), out(tokens * attended), wide(tokens * wide_width);
     Buffer data(std::max(tokens, step->logits) * widest);
     std::vector<RowScale> scales(std::max(tokens, step->logits));
@@ -223,7 +222,7 @@ void decode(const Decoder* decoder, const Step* step, float* logits, int64_t thr
     const std::vector<Task> tasks = tasks_of(*step, at.heads / at.kv_heads);
     const std::vector<Task> last_tasks = tasks_with_logits(*step, tasks);
     for (const Layer* layer = d.layers; layer != d.layers + d.num_layers; layer++) {
-        linear(turn, layer->qkv, packed, tokens, {wide.data, qkv_width, false});
+        linear(turn, layer->qkv, packed, tokens, {wide.data, qkv_width, Output::SET});
         each_group(tokens, [&](const Group& group) {
             for (int64_t t = group.first; t < group.first + group.size; t++)
                 rotate_and_write(d, *layer, *step, t, wide.data + t * qkv_width);
@@ -238,22 +237,22 @@ void decode(const Decoder* decoder, const Step* step, float* logits, int64_t thr
         });
         for (int64_t row = 0; row < rows; row++)  // they ascend: none is written over before it has moved
             if (token(row) != row) std::copy_n(x.data + token(row) * d.hidden, d.hidden, x.data + row * d.hidden);
-        linear(turn, layer->o, packed, rows, {x.data, d.hidden, true});
+        linear(turn, layer->o, packed, rows, {x.data, d.hidden, Output::ADD});
         each_group(rows, [&](const Group& group) { normed(layer->gate_up, layer->post_norm, group); });
-        linear(turn, layer->gate_up, packed, rows, {wide.data, 2 * d.intermediate, false});
+        linear(turn, layer->gate_up, packed, rows, {wide.data, gate_width, d.is_gated ? Output::GATE : Output::SET});
         each_group(rows, [&](const Group& group) {
             auto product = [&](int64_t row) {
-                float* gate = wide.data + row * 2 * d.intermediate;
-                silu_mul(gate, gate + d.intermediate, d.intermediate);
+                float* gate = wide.data + row * gate_width;
+                if (!d.is_gated) silu_mul(gate, gate + d.intermediate, d.intermediate);
                 return gate;
             };
             interleave(layer->down, group, product, packed);
         });
-        linear(turn, layer->down, packed, rows, {x.data, d.hidden, true});
+        linear(turn, layer->down, packed, rows, {x.data, d.hidden, Output::ADD});
         each_group(rows, [&](const Group& group) {
             normed(is_last ? d.head : layer[1].qkv, is_last ? d.norm : layer[1].input_norm, group);
         });
     }
-    linear(turn, d.head, packed, step->logits, {logits, d.head.outputs, false});
+    linear(turn, d.head, packed, step->logits, {logits, d.head.outputs, Output::SET});
 }
 }

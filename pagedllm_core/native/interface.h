@@ -42,6 +42,7 @@ struct Layer {
 struct Decoder {
     const Layer* layers;
     int64_t num_layers, hidden, intermediate, rotary_dim;
+    int64_t is_gated;  // the outputs of gate_up take turns: W of the gate, then the W that they multiply
     float epsilon;
     const void* embedding;  // [vocab][hidden]
     int64_t embedding_is_bf16;

@@ -84,8 +84,9 @@ class DecoderStruct(Structure):
 
     _fields_ = [
         ("layers", POINTER(LayerStruct)), ("num_layers", c_int64), ("hidden", c_int64), ("intermediate", c_int64),
-        ("rotary_dim", c_int64), ("epsilon", c_float), ("embedding", c_void_p), ("embedding_is_bf16", c_int64),
-        ("cosines", c_void_p), ("sines", c_void_p), ("norm", c_void_p), ("head", Matrix),
+        ("rotary_dim", c_int64), ("is_gated", c_int64), ("epsilon", c_float), ("embedding", c_void_p),
+        ("embedding_is_bf16", c_int64), ("cosines", c_void_p), ("sines", c_void_p), ("norm", c_void_p),
+        ("head", Matrix),
     ]  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def load(name: str | None) -> ctypes.CDLL | None:
 def open_library(path: Path) -> ctypes.CDLL:
     """A compiled library, its functions declared."""
     library = ctypes.CDLL(str(path))
-    library.uses_bf16_products.restype = c_int64
+    library.uses_bf16_products.restype = library.lanes.restype = c_int64
     library.packed_size.argtypes = [c_int64, c_int64, c_int64]
     library.packed_size.restype = c_int64
     library.pack_weight.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64]

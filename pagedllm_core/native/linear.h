@@ -159,7 +159,7 @@ inline void kernel(const T* weights, int64_t panel_size, int64_t inputs, const f
 struct Output {
     float* y;
     int64_t stride;
-    bool add;  // to what is there
+    enum { SET, ADD, GATE } how;  // ADD: to what is there; GATE: W outputs gate the W after them, and W are left
 };
 
 template <int ROWS, int PANELS, class T>
@@ -174,18 +174,19 @@ void tile(const Matrix& m, int64_t panel, int64_t inputs, const float* a, const 
             float* to = out.y + (row + r) * out.stride + first;
             if (count == NR) {
                 for (int h = 0; h < 2; h++) {
-                    vf value = y[r][p][h];
+                    vf& value = y[r][p][h];
                     if constexpr (sizeof(T) == 1) value *= load(m.scales + first + h * W);
                     if (m.bias) value += load(m.bias + first + h * W);
-                    if (out.add) value += load(to + h * W);
-                    store(to + h * W, value);
+                    if (out.how == Output::ADD) value += load(to + h * W);
+                    if (out.how != Output::GATE) store(to + h * W, value);
                 }
+                if (out.how == Output::GATE) store(to - first / 2, silu(y[r][p][0]) * y[r][p][1]);
                 continue;
             }
             const float* from = reinterpret_cast<const float*>(y[r][p]);
             for (int64_t i = 0; i < count; i++) {
                 float value = (sizeof(T) == 1 ? from[i] * m.scales[first + i] : from[i]) + (m.bias ? m.bias[first + i] : 0.0f);
-                to[i] = out.add ? to[i] + value : value;
+                to[i] = out.how == Output::ADD ? to[i] + value : value;
             }
         }
 }

@@ -114,4 +114,6 @@ inline vf exponential(vf x) {
     return reinterpret_cast<vf>(reinterpret_cast<vi>(y) + shift);
 }
 
+inline vf silu(vf x) { return x / (1.0f + exponential(-(x < -87.0f ? all(-87.0f) : x))); }
+
 }  // namespace

@@ -61,6 +61,7 @@ def _longrope(max_model_len: int) -> dict[str, Any]:
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": _config("llama"),
     "llama_tied": _config("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama_odd": _config("llama", intermediate_size=90),  # no whole number of vectors
     "qwen2": _config("qwen2"),
     "qwen3": _config("qwen3", head_dim=16),
     "qwen3_moe": _config("qwen3_moe", _EXPERTS, head_dim=16, decoder_sparse_step=1),

@@ -13,7 +13,7 @@ from tests.native import LIBRARIES
 from tests.parity.driver import make_runner
 
 pytestmark = pytest.mark.skipif(not LIBRARIES, reason="no native code was compiled for this processor")
-FUSED = ["llama", "llama_tied", "smollm3", "mistral", "qwen2", "qwen3", "phi3"]
+FUSED = ["llama", "llama_tied", "llama_odd", "smollm3", "mistral", "qwen2", "qwen3", "phi3"]
 LEFT = ["gpt2", "gemma2", "granite", "olmo2", "mixtral", "smollm3_without_rope"]
 
 

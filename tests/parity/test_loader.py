@@ -19,11 +19,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.errors import CapacityError, InvalidRequestError, ModelLoadError, UnsupportedModelError
 from pagedllm_core.model import resolve
+from pagedllm_core.model.direct import DirectDecoder
 from pagedllm_core.model.loader import load_model
 from tests.parity.driver import make_runner, paged_tokens, reference_tokens
 from tests.parity.families import VOCAB, make_config
 
 Folders = Callable[[str], Path]
+Load = Callable[..., Any]
 
 
 @pytest.fixture
@@ -42,11 +44,17 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load(folder: Path | str, **fields: Any) -> Any:
-    return load_model(EngineConfig(model=str(folder), device="cpu", **fields))
+@pytest.fixture(params=[False, True], ids=["transformers", "direct"])
+def load(request: pytest.FixtureRequest) -> Load:
+    """Loads with transformers' code, and directly where that is possible: errors and figures are the same."""
+
+    def load_one(folder: Path | str, **fields: Any) -> Any:
+        return load_model(EngineConfig(model=str(folder), device="cpu", **fields), direct=request.param)
+
+    return load_one
 
 
-def test_bundled_model_loads_without_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundled_model_loads_without_a_socket(monkeypatch: pytest.MonkeyPatch, load: Load) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a socket was opened")
 
@@ -60,14 +68,14 @@ def test_bundled_model_loads_without_a_socket(monkeypatch: pytest.MonkeyPatch) -
     assert loaded.eos_token_ids
 
 
-def test_only_pickled_weights_are_refused(llama: Path) -> None:
+def test_only_pickled_weights_are_refused(llama: Path, load: Load) -> None:
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
     with pytest.raises(ModelLoadError, match=r"pytorch_model\.bin.*safetensors.*save_pretrained"):
         load(llama)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_in_the_folder_is_refused_and_not_run(llama: Path, tmp_path: Path, file: str) -> None:
+def test_code_in_the_folder_is_refused_and_not_run(llama: Path, tmp_path: Path, file: str, load: Load) -> None:
     marker = tmp_path / "ran"
     (llama / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: ...\n")
     (llama / file).touch()
@@ -79,7 +87,7 @@ def test_code_in_the_folder_is_refused_and_not_run(llama: Path, tmp_path: Path, 
     assert not marker.exists()
 
 
-def test_missing_folder_and_files(llama: Path, tmp_path: Path) -> None:
+def test_missing_folder_and_files(llama: Path, tmp_path: Path, load: Load) -> None:
     with pytest.raises(ModelLoadError, match="does not exist"):
         load(tmp_path / "nowhere")
     with pytest.raises(ModelLoadError, match="is a file"):
@@ -95,19 +103,19 @@ def test_missing_folder_and_files(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["{", "[]", "\x00", '{"hidden_size": 3}', '{"model_type": "llama", "hidden_size": "x"}']
 )
-def test_malformed_config(llama: Path, content: str) -> None:
+def test_malformed_config(llama: Path, content: str, load: Load) -> None:
     (llama / "config.json").write_text(content)
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         load(llama)
 
 
-def test_unknown_architecture(llama: Path) -> None:
+def test_unknown_architecture(llama: Path, load: Load) -> None:
     change_json(llama / "config.json", model_type="frobnicator")
     with pytest.raises(UnsupportedModelError, match="frobnicator"):
         load(llama)
 
 
-def test_truncated_weights(llama: Path) -> None:
+def test_truncated_weights(llama: Path, load: Load) -> None:
     path = llama / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ModelLoadError, match=r"model\.safetensors: not a whole safetensors file"):
@@ -122,13 +130,15 @@ def test_truncated_weights(llama: Path) -> None:
         (lambda w: w.update({"model.norm.weight": torch.ones(9)}), r"wrong shapes: model.norm.weight has shape \(9,\)"),
     ],
 )
-def test_weights_that_do_not_fit(llama: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str) -> None:
+def test_weights_that_do_not_fit(
+    llama: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str, load: Load
+) -> None:
     change_weights(llama, change)
     with pytest.raises(ModelLoadError, match=message):
         load(llama)
 
 
-def test_shards_must_be_complete(model_folder: Folders, tmp_path: Path) -> None:
+def test_shards_must_be_complete(model_folder: Folders, tmp_path: Path, load: Load) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
@@ -139,14 +149,14 @@ def test_shards_must_be_complete(model_folder: Folders, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_context_limit(llama: Path) -> None:
+def test_context_limit(llama: Path, load: Load) -> None:
     assert load(llama).max_model_len == 256
     assert load(llama, max_model_len=64).max_model_len == 64
     with pytest.raises(InvalidRequestError, match=r"max_model_len=257: the model's own limit is 256"):
         load(llama, max_model_len=257)
 
 
-def test_scaled_rope_has_its_own_limit(model_folder: Folders) -> None:
+def test_scaled_rope_has_its_own_limit(model_folder: Folders, load: Load) -> None:
     folder = model_folder("dynamic_rope")
     assert load(folder).max_model_len == 128
     assert load(folder, max_model_len=512).max_model_len == 512
@@ -154,7 +164,7 @@ def test_scaled_rope_has_its_own_limit(model_folder: Folders) -> None:
         load(folder, max_model_len=513)
 
 
-def test_dummy_weights_are_seeded_and_not_flat(tmp_path: Path) -> None:
+def test_dummy_weights_are_seeded_and_not_flat(tmp_path: Path, load: Load) -> None:
     folder = make_config("qwen3", tmp_path / "dummy")
     first, again, other = (load(folder, load_format="dummy", seed=seed).model.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -165,21 +175,23 @@ def test_dummy_weights_are_seeded_and_not_flat(tmp_path: Path) -> None:
     assert tokens[0] != tokens[1]
 
 
-def test_dummy_does_not_touch_the_random_state(tmp_path: Path) -> None:
+def test_dummy_does_not_touch_the_random_state(tmp_path: Path, load: Load) -> None:
     before = torch.random.get_rng_state()
     load(make_config("llama", tmp_path), load_format="dummy")
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_dtype(llama: Path) -> None:
+def test_dtype(llama: Path, load: Load) -> None:
     assert load(llama).dtype == torch.float32
-    assert load(llama, dtype="bfloat16").model.lm_head.weight.dtype == torch.bfloat16
+    model = load(llama, dtype="bfloat16").model
+    head = model.parts.head if isinstance(model, DirectDecoder) else model.lm_head
+    assert head.weight.dtype == torch.bfloat16
     change_json(llama / "config.json", dtype="float16")
     assert load(llama).dtype == torch.float32  # on a CPU
     assert load(llama, dtype="float16").dtype == torch.float16
 
 
-def test_generation_config_and_end_tokens(llama: Path, tmp_path: Path) -> None:
+def test_generation_config_and_end_tokens(llama: Path, tmp_path: Path, load: Load) -> None:
     (llama / "generation_config.json").write_text(
         json.dumps({"temperature": 0.6, "top_k": None, "eos_token_id": [7, 9]})
     )
@@ -197,7 +209,7 @@ def test_generation_config_and_end_tokens(llama: Path, tmp_path: Path) -> None:
     assert load(llama).eos_token_ids == (2,)
 
 
-def test_tokenizer_of_another_folder(llama: Path, tmp_path: Path) -> None:
+def test_tokenizer_of_another_folder(llama: Path, tmp_path: Path, load: Load) -> None:
     assert load(llama).tokenizer is None
     assert load(llama, tokenizer="tiny").tokenizer.encode("Hello")
     with pytest.raises(ModelLoadError, match="holds no tokenizer files"):
@@ -253,7 +265,7 @@ def test_models_that_would_be_served_wrongly(model_type: str, tmp_path: Path) ->
         make_runner(tmp_path, load_format="dummy")
 
 
-def test_quantized_weights_are_refused(llama: Path) -> None:
+def test_quantized_weights_are_refused(llama: Path, load: Load) -> None:
     change_json(llama / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UnsupportedModelError, match="quantized"):
         load(llama)
@@ -267,12 +279,13 @@ def test_a_model_that_mixes_tokens_outside_attention(llama: Path, monkeypatch: p
         result: torch.Tensor = own(self, x + 0.5 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
         return result
 
+    change_json(llama / "config.json", mixes_tokens=True)  # no plain Llama, which is read without transformers' code
     monkeypatch.setattr(LlamaMLP, "forward", shifted)
     with pytest.raises(UnsupportedModelError, match="something beside attention looks across tokens"):
         make_runner(llama)
 
 
-def test_hub_name_is_fetched_with_its_revision(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_name_is_fetched_with_its_revision(llama: Path, monkeypatch: pytest.MonkeyPatch, load: Load) -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def fetch(name: str, **arguments: Any) -> str:
@@ -291,7 +304,9 @@ def test_hub_name_is_fetched_with_its_revision(llama: Path, monkeypatch: pytest.
     assert not any("safetensors" in pattern for pattern in calls[-1][1]["allow_patterns"])
 
 
-def test_cached_hub_model_loads_offline(model_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_hub_model_loads_offline(
+    model_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Load
+) -> None:
     """The layout of huggingface_hub's cache, read without a socket."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--some-model"
