@@ -11,7 +11,7 @@ from .bank import Block, Fact, capital, instantiate, load
 from .chatml import Message
 from .frames import ASIDES, FILLERS, INSTRUCTIONS, LABELS, QUESTION_LABELS, TITLES, UNKNOWN
 from .grammar import generic_question, random_fact, stems
-from .paraphrase import merge, paraphrase
+from .paraphrase import merge, paraphrase, share_beginning
 
 Rng = random.Random
 FACT_FILES = ("facts_a.txt", "facts_b.txt", "facts_c.txt", "facts_d.txt", "facts_e.txt")
@@ -63,6 +63,8 @@ class ContextTasks:
     def document(self, rng: Rng, count: int) -> tuple[list[Fact], str]:
         """Facts with the text that states them."""
         facts = merge(self.facts(rng, count), rng, rng.choice([0.0, 0.0, 0.1, 0.2]))
+        if rng.random() < 0.3:
+            facts = share_beginning(facts, rng)
         fillers = rng.sample(FILLERS, rng.choice([0, 0, 1, 1, 2, 3])) if rng.random() < 0.7 else []
         return facts, layout([fact.sentence for fact in facts], fillers, rng)
 

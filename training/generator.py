@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterator
 
+from .bank import capital
 from .context_tasks import ContextTasks, Dialogue, lookup, recite
 from .json_tasks import extraction
 from .talk_tasks import memory, repeat, talk
@@ -36,6 +37,7 @@ LATE = {
 }
 
 
+_LONG_WORD = re.compile(r"^[A-Z][a-z]{4,}\b|\b[a-z]{5,}\b")
 SPLICED = 0.4
 """Share of the dialogues about a text in which some words are no words."""
 
@@ -49,19 +51,29 @@ def mixture(progress: float) -> dict[str, float]:
 def splice_words(dialogue: Dialogue, rng: random.Random) -> Dialogue:
     """Replace some long words of the answers everywhere by two halves of different words.
 
-    Such a word has to be copied from the text, piece by piece: it cannot be known.
+    Such a word has to be copied from the text, piece by piece: it cannot be known. A question may have it without the
+    capital or the plural of the sentence.
     """
-    words = sorted({word for _, answer in dialogue.questions for word in re.findall(r"\b[a-z]{5,}\b", answer)})
+    words = sorted({word.lower() for _, answer in dialogue.questions for word in _LONG_WORD.findall(answer)})
     if len(words) < 2:
         return dialogue
     chosen = rng.sample(words, rng.randint(1, max(1, len(words) // 3)))
     spliced = {}
     for word in chosen:
         other = rng.choice(words)
-        spliced[word] = word[: rng.randint(2, len(word) - 2)] + other[rng.randint(1, len(other) - 2) :]
+        new = word[: rng.randint(2, len(word) - 2)] + other[rng.randint(1, len(other) - 2) :]
+        spliced[word] = new
+        if word.endswith("s"):
+            spliced.setdefault(word[:-1], new.removesuffix("s"))
+        else:
+            spliced.setdefault(f"{word}s", f"{new}s")
+
+    def replace_one(found: re.Match[str]) -> str:
+        new = spliced.get(found[0].lower())
+        return found[0] if new is None else capital(new) if found[0][0].isupper() else new
 
     def replace(text: str) -> str:
-        return re.sub(r"\b[a-z]{5,}\b", lambda found: spliced.get(found[0], found[0]), text)
+        return re.sub(r"\b[A-Za-z][a-z]{3,}\b", replace_one, text)
 
     messages = [{**message, "content": replace(message["content"])} for message in dialogue.messages]
     questions = [(replace(question), replace(answer)) for question, answer in dialogue.questions]

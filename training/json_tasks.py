@@ -124,6 +124,13 @@ mail url website link page duration period
 """.split()  # noqa: SIM905
 )
 """Keys whose values are known by their looks, so that a sentence may leave the key out."""
+_CUED = {
+    "name person contact customer author patient teacher": "by from with for I'm called am yours, greetings,",
+    "city town place destination location": "in to from near at through of around reached left",
+    "age": "aged turned turns became becomes was reached be already only almost",
+}
+"""Words after which a sentence states the value of such a key without naming it."""
+CUES = {key: tuple(cues.split()) for keys, cues in _CUED.items() for key in keys.split()}
 
 ASKS = """
 Extract {keys} as JSON.
@@ -160,6 +167,10 @@ _JOINTS = """
 the a this that these as for of with in on at from under by it is was be will would has have had and or to which there
 here we you they he she our their its your my all each any only also then now just what who where given gives says said
 reads called stands set put makes means shows holds about after before over into near along
+""".split()  # noqa: SIM905
+_ACTIONS = """
+want need like know think see hear read write speak answer ask wait stay live work study move come go arrive leave bring
+send pay buy sell open close begin end meet visit help try learn keep find lose wish hope plan choose change finish
 """.split()  # noqa: SIM905
 _BREAKS = [" ", " ", " ", " ", ": ", ", ", " = ", " - ", " (", ' "']
 _CLOSING = {" (": ")", ' "': '"'}
@@ -202,11 +213,18 @@ def composed_sentence(key: str, value: str, rng: Rng) -> str:
     return text + "."
 
 
-def composed_typed(value: str, rng: Rng) -> str:
-    """A sentence that holds a value without its key."""
-    text = f"{_joints(rng, 4)} {value}".strip()
-    if rng.random() < 0.5:
-        text += rng.choice([" ", ", "]) + (_joints(rng, 3) or rng.choice(w.NOUNS))
+def _words(rng: Rng, most: int) -> str:
+    """Little words, nouns, adjectives and verbs in any order."""
+    kinds = rng.choices([_JOINTS, w.NOUNS, w.ADJECTIVES, _ACTIONS], [10, 4, 2, 4], k=rng.randint(0, most))
+    return " ".join(rng.choice(kind) for kind in kinds)
+
+
+def composed_typed(value: str, rng: Rng, cues: tuple[str, ...] = ()) -> str:
+    """A sentence that holds a value without its key, after one of the words that announce it, if there are any."""
+    text = f"{_words(rng, 5)} {rng.choice(cues)}" if cues else _words(rng, 5)
+    text = f"{text.strip()} {value}".strip()
+    if rng.random() < 0.6:
+        text += rng.choice([" ", " ", ", "]) + (_words(rng, 6) or rng.choice(w.NOUNS))
     return text + "."
 
 
@@ -245,8 +263,9 @@ def sentence(field: Field, value: Any, rng: Rng, common: tuple[str, ...] = NAMED
     """A sentence that states the value of a field."""
     own = bool(field.ways) and rng.random() < (0.55 if field.kind != "array" else 0.3)
     if common is NAMED and rng.random() < 0.6:
-        if own and field.key in _TYPED and rng.random() < 0.5:
-            return capital(composed_typed(shown(value), rng)).replace("..", ".")
+        cues = CUES.get(field.key, ())
+        if own and (field.key in _TYPED or cues) and rng.random() < 0.6:
+            return capital(composed_typed(shown(value), rng, cues)).replace("..", ".")
         return capital(composed_sentence(field.key.replace("_", " "), shown(value), rng)).replace("..", ".")
     text = rng.choice(field.ways if own else common).replace("{k}", field.key.replace("_", " "))
     return capital(text.replace("{}", shown(value))).replace("..", ".")
@@ -269,7 +288,7 @@ def extraction(
     """A text and keys to be answered with a JSON object of the values, in the order of the keys."""
     chosen = choose(fields or FIELDS, rng, rng.randint(2, 6))
     if fields is None:
-        chosen = [_foreign(field, rng) if rng.random() < 0.3 else field for field in chosen]
+        chosen = [_foreign(field, rng) if rng.random() < 0.4 else field for field in chosen]
         chosen = list({field.key: field for field in chosen}.values())
         if rng.random() < 0.3:  # two of a type, told apart by their names alone
             twin = rng.choice(chosen)

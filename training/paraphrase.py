@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 
+from . import values as v
 from . import words as w
 from .bank import Fact, capital
 
@@ -150,6 +151,34 @@ def extend(fact: Fact, rng: Rng) -> Fact:
     elif sentence.endswith("."):
         sentence = f"{sentence[:-1]}, {rng.choice(_ENDINGS)}."
     return Fact(sentence, fact.questions, fact.key)
+
+
+_PREPOSITIONS = ["In", "At", "On", "From", "For", "With", "By", "After", "Before", "Until", "During"]
+
+
+def share_beginning(facts: list[Fact], rng: Rng) -> list[Fact]:
+    """The facts, some of which now begin with the same preposition: the first word alone does not tell them apart."""
+    preposition = rng.choice(_PREPOSITIONS)
+    chosen = set(rng.sample(range(len(facts)), min(len(facts), rng.randint(2, 4))))
+    result = []
+    for index, fact in enumerate(facts):
+        if index in chosen:
+            place = rng.choice(
+                [
+                    f"the {v.adjective(rng)} {v.noun(rng)}",
+                    f"the {v.noun(rng)}",
+                    f"{v.adjective(rng)} {v.noun(rng)}",
+                    v.time(rng),
+                    v.place(rng),
+                    v.city(rng),
+                    v.number(rng),
+                    v.price(rng),
+                ]
+            )
+            comma = "," if rng.random() < 0.3 else ""
+            fact = Fact(f"{preposition} {place}{comma} {lower_start(fact.sentence)}", fact.questions, fact.key)
+        result.append(fact)
+    return result
 
 
 def merge(facts: list[Fact], rng: Rng, share: float) -> list[Fact]:
