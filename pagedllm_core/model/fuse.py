@@ -44,9 +44,7 @@ class FusedDecoder:
         in_order: bool = False,
     ) -> None:
         self._library, self._rotary, self._int8, self._in_order = library, parts.rotary, int8, in_order
-        self._attention = [
-            (layer.spec, layer.geometry) for layer in attention
-        ]  # not their modules: those hold the file
+        self._attention = [(layer.spec, layer.geometry) for layer in attention]  # no modules: those hold the file
         self._held: list[Any] = []  # what the structures point to
         self._rotations = (torch.empty(0, 0), torch.empty(0, 0))
         lanes, intermediate = library.lanes(), parts.layers[0].down.in_features
@@ -57,24 +55,27 @@ class FusedDecoder:
             struct.gate_up, struct.down = self._pack(layer.gate_up, turns=turns), self._pack([layer.down])
             struct.input_norm, struct.post_norm = self._floats(layer.input_norm), self._floats(layer.post_norm)
             struct.q_norm, struct.k_norm = self._floats(layer.q_norm), self._floats(layer.k_norm)
-        embedding = parts.embedding.detach().clone()  # the weights' file, which it may be mapped from, is let go
-        self._held.append(embedding)
+        embedding = None  # where the head has the same weights, they are there once
+        if int8 or parts.head.weight is not parts.embedding:
+            embedding = parts.embedding.detach().clone()  # the weights' file, which it may be mapped from, is let go
+            self._held.append(embedding)
+        hidden, is_bf16 = parts.embedding.shape[1], parts.embedding.dtype == torch.bfloat16
         self.vocab_size = parts.head.out_features
-        head = self._pack([parts.head], keep=parts.head.weight is parts.embedding)
+        head = self._pack([parts.head])
         self._decoder = DecoderStruct(
             layers=self._layers,
             num_layers=len(parts.layers),
-            hidden=embedding.shape[1],
+            hidden=hidden,
             intermediate=intermediate,
             is_gated=turns > 0,
             epsilon=parts.epsilon,
-            embedding=embedding.data_ptr(),
-            embedding_is_bf16=embedding.dtype == torch.bfloat16,
+            embedding=None if embedding is None else embedding.data_ptr(),
+            embedding_is_bf16=is_bf16,
             norm=self._floats(parts.norm),
             head=head,
         )
 
-    def _pack(self, modules: list[nn.Linear], keep: bool = False, turns: int = 0) -> Any:
+    def _pack(self, modules: list[nn.Linear], turns: int = 0) -> Any:
         """The merged weight as one packed matrix; the modules' own is dropped.
 
         The outputs of its two halves take turns of `turns` where that is given.
@@ -87,9 +88,8 @@ class FusedDecoder:
             bias = None if bias is None else bias.view(2, -1, turns).transpose(0, 1).reshape(-1)
         packed = PackedLinear(self._library, weight, bias, self._int8)
         self._held.append(packed)
-        if not keep:
-            for module in modules:
-                module.weight.data = torch.empty(0, dtype=module.weight.dtype)
+        for module in modules:
+            module.weight.data = torch.empty(0, dtype=module.weight.dtype)
         return packed.matrix
 
     def _floats(self, values: torch.Tensor | None) -> int | None:

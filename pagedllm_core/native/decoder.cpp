@@ -75,8 +75,19 @@ struct Buffer {  // aligned, not initialised
     float* data;
 };
 
+template <class T>
+void embed_packed(const Matrix& head, int64_t token, float* x) {
+    constexpr int64_t PAIR = 4 / sizeof(T);
+    const T* from = static_cast<const T*>(head.data) + token / NR * padded_inputs(head.inputs, sizeof(T)) * NR;
+    for (int64_t k = 0; k < head.inputs; k++) x[k] = to_float(from[k / PAIR * PAIR * NR + token % NR * PAIR + k % PAIR]);
+}
+
 void embed(const Decoder& d, int64_t token, float* x) {
-    if (d.embedding_is_bf16)
+    if (!d.embedding && d.head.type == 2)
+        embed_packed<bf16>(d.head, token, x);
+    else if (!d.embedding)
+        embed_packed<float>(d.head, token, x);
+    else if (d.embedding_is_bf16)
         widen(static_cast<const bf16*>(d.embedding) + token * d.hidden, 1, d.hidden, d.hidden, x);
     else
         widen(static_cast<const float*>(d.embedding) + token * d.hidden, 1, d.hidden, d.hidden, x);

@@ -44,7 +44,7 @@ struct Decoder {
     int64_t num_layers, hidden, intermediate, rotary_dim;
     int64_t is_gated;  // the outputs of gate_up take turns: W of the gate, then the W that they multiply
     float epsilon;
-    const void* embedding;  // [vocab][hidden]
+    const void* embedding;  // [vocab][hidden], or null: the head's own weights, which are not int8 then
     int64_t embedding_is_bf16;
     const float* cosines;  // [positions][rotary_dim]
     const float* sines;
