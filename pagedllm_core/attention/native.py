@@ -73,7 +73,7 @@ class NativeAttention:
         inputs = [one.float() if one.stride(2) == 1 else one.float().contiguous() for one in (q, k, v)]
         strides = (ctypes.c_int64 * 6)(*(stride for one in inputs for stride in one.stride()[:2]))
         sinks = None if spec.sinks is None else spec.sinks.float().contiguous()
-        out = torch.empty(q.shape[1], q.shape[0], q.shape[2])
+        out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=torch.float32)
         self._library.attention(
             describe_attention(kv, q.shape[0], spec, sinks), meta.step, *(one.data_ptr() for one in inputs), strides,
             out.data_ptr(), torch.get_num_threads(),

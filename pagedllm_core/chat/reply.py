@@ -122,12 +122,22 @@ class ReplyReader:
             if not self._held.strip() and not last:
                 return False
             if self._held.lstrip().startswith("{"):
-                return self._go("call", self._leading)
+                return self._tell_call(tools, last) if self.style.json else self._go("call", self._leading)
         elif tools is not None and self.style.json:
             tag, rest = tools.begin.strip(), self._held.lstrip()
             if tag.startswith(rest[: len(tag)]) and len(rest) < len(tag) and not last:
                 return False
             self._plain = not rest.startswith(tag)
+        return self._go("text", self._leading)
+
+    def _tell_call(self, tools: ToolFormat, last: bool) -> bool:
+        """Whether an object is a call shows in how it begins: where an answer is held, calls have one form."""
+        rest, heads = self._held.lstrip(), [tools.head(name) + "{" for name in self.style.names]
+        if any(rest.startswith(head) for head in heads):
+            return self._go("call", self._leading)
+        if not last and any(head.startswith(rest) for head in heads):
+            return False
+        self._plain = True
         return self._go("text", self._leading)
 
     def _read_text(self, last: bool) -> bool:
@@ -198,8 +208,6 @@ class ReplyReader:
     def _whole(self, body: str, value: object, end: int) -> bool:
         """A value that is complete, in another form than the usual one."""
         tools = self.style.tools
-        if self.style.json and tools is not None and not tools.begin:
-            return self._go("text", self._leading)  # a call would have begun as one, and this is the answer
         try:
             call = as_call(value)
         except ValueError as error:

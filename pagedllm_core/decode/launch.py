@@ -87,7 +87,7 @@ class KernelSampler:
 
     def warm_up(self) -> None:
         """As `DeviceSampler.warm_up`."""
-        logits = torch.zeros((1, self._vocab_size), device=self._device)
+        logits = torch.zeros((1, self._vocab_size), dtype=torch.float32, device=self._device)
         record = np.zeros(1, dtype=ROW)
         record["temperature"] = record["top_p"] = record["repetition"] = record["top_k"] = record["scored"] = 1
         record["carried"], record["reach"] = -1, np.inf

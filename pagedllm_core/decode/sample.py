@@ -92,7 +92,9 @@ def most_likely(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _sample_random(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     samplings = [draw.sampling for draw in draws]
-    temperatures = torch.tensor([sampling.temperature for sampling in samplings], device=logits.device)
+    temperatures = torch.tensor(
+        [sampling.temperature for sampling in samplings], dtype=torch.float32, device=logits.device
+    )
     rows = Blocks((logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None]))
     number = uniform(
         np.array([sampling.seed for sampling in samplings], dtype=np.uint64),

@@ -5,6 +5,8 @@ compared (`probe.py`, `parts.py`). The import alone takes longer than everything
 For the families below, what the native code computes is known to be what transformers' code computes: a test holds the
 two routes to the same bits. Such a checkpoint is recognised by its configuration and by the names and shapes of its
 weights. Whatever is unusual in either is left to the other route, and to its error messages.
+
+Nothing is compared at load here: what the other route tries on every machine, the tests try.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pagedllm_core.attention.base import LayerSpec
@@ -57,7 +59,8 @@ _READ = {
 }  # fmt: skip
 _NOT_NEEDED = {
     "_name_or_path", "attention_dropout", "initializer_range", "max_window_layers", "pretraining_tp",
-    "transformers_version", "use_cache",
+    "transformers_version", "use_cache", "is_llama_config", "transformers.js_config", "unsloth_fixed",
+    "unsloth_version",
 }  # fmt: skip
 _ROPE = {"rope_type", "type", "rope_theta"}
 _LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
@@ -77,27 +80,33 @@ def plain_config(folder: Path) -> Any | None:
         ModelLoadError: config.json is missing or is not a JSON object.
     """
     content = read_json(folder / "config.json")
+    try:
+        return _as_object(content, folder) if _is_usual(content) else None
+    except Exception:  # whatever a value of another kind does; transformers' route says what is wrong with it
+        return None
+
+
+def _is_usual(content: dict[str, Any]) -> bool:
+    """Whether nothing in a configuration asks for more than the native code computes; fills in what follows from it."""
     family = _FAMILIES.get(str(content.get("model_type")))
     if family is None or any(value for name, value in content.items() if name not in _READ | _NOT_NEEDED):
-        return None
+        return False
     if not all(type(content.get(name)) is int and content[name] > 0 for name in _SIZES):
-        return None
+        return False
     if content.get("hidden_act") != "silu" or not isinstance(content.get("rms_norm_eps"), float):
-        return None
-    if not isinstance(content.get("tie_word_embeddings"), bool) or not _has_usual_heads(content, family):
-        return None
+        return False
+    if not isinstance(content.get("tie_word_embeddings"), bool) or "eos_token_id" not in content:
+        return False  # what is not in the file has the family's default
+    return _has_usual_heads(content, family) and _has_usual_windows(content, family) and _has_usual_rope(content)
+
+
+def _has_usual_windows(content: dict[str, Any], family: _Family) -> bool:
     if family.has_window:
         window = content.get("sliding_window", 0)  # not in the file: the family has a default
-        if content.get("layer_types") or not (window is None or (type(window) is int and window > 0)):
-            return None
-    elif set(content.get("layer_types") or []) - {"full_attention"}:
-        return None
-    rope = content.pop("rope_parameters", None) or {
-        **(content.pop("rope_scaling", None) or {}),
-        "rope_theta": content.pop("rope_theta", None),
-    }
-    content["rope_parameters"] = rope
-    return _as_object(content, folder) if _is_usual_rope(rope) else None
+        return not content.get("layer_types") and (window is None or (type(window) is int and window > 0))
+    if content["model_type"] == "llama" and content.get("sliding_window") is not None:
+        return False  # Qwen's count only beside `use_sliding_window`
+    return not set(content.get("layer_types") or []) - {"full_attention"}
 
 
 def _has_usual_heads(content: dict[str, Any], family: _Family) -> bool:
@@ -110,12 +119,18 @@ def _has_usual_heads(content: dict[str, Any], family: _Family) -> bool:
     return type(dim) is int and 0 < dim <= MOST_DIM and dim % 2 == 0 and heads % kv_heads == 0
 
 
-def _is_usual_rope(rope: Any) -> bool:
-    if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), int | float):
+def _has_usual_rope(content: dict[str, Any]) -> bool:
+    """Gathers what older files have in several fields in `rope_parameters`."""
+    rope, scaling, theta = (content.pop(name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if rope and scaling:
         return False
+    rope = dict(rope or scaling or {})
+    rope.setdefault("rope_theta", theta)
     kind = rope.setdefault("rope_type", rope.get("type", "default"))
-    scaling = set(rope) - _ROPE
-    return (kind == "default" and not scaling) or (kind == "llama3" and scaling == _LLAMA3_ROPE)
+    content["rope_parameters"] = rope
+    more = set(rope) - _ROPE
+    known = (kind == "default" and not more) or (kind == "llama3" and more == _LLAMA3_ROPE)
+    return known and isinstance(rope["rope_theta"], int | float)
 
 
 def _as_object(content: dict[str, Any], folder: Path) -> Any:
@@ -134,18 +149,19 @@ def read_decoder(folder: Path, hf_config: Any, dtype: torch.dtype) -> DirectDeco
     Args:
         folder: Holds whole safetensors files.
         hf_config: What `plain_config` gave for it.
-        dtype: Type of the weights and of the KV cache.
+        dtype: Type of the weights and of the KV cache, one that native code computes.
 
     Returns:
         None where the weights have other names, shapes or types than the configuration says.
     """
-    if dtype not in DTYPES:
-        return None
     family, shapes = _FAMILIES[hf_config.model_type], dict(_shapes(hf_config))
     weights: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    try:
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError:  # numbers that torch does not know
+        return None
     if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
         return None
     if not all(tensor.dtype in (*DTYPES, torch.float16) for tensor in weights.values()):

@@ -81,7 +81,10 @@ class FusedDecoder:
         The outputs of its two halves take turns of `turns` where that is given.
         """
         weight = modules[0].weight if len(modules) == 1 else torch.cat([module.weight for module in modules])
-        biases = [torch.zeros(one.out_features) if one.bias is None else one.bias.float() for one in modules]
+        biases = [
+            torch.zeros(one.out_features, dtype=torch.float32) if one.bias is None else one.bias.float()
+            for one in modules
+        ]
         bias = torch.cat(biases) if any(module.bias is not None for module in modules) else None
         if turns:
             weight = weight.view(2, -1, turns, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
@@ -111,14 +114,16 @@ class FusedDecoder:
         highest = int(batch.context_lens.max())
         if highest > len(self._rotations[0]):
             self._grow_rotations(highest)
-        out = torch.empty(len(batch.logits_rows), self.vocab_size)
+        out = torch.empty(len(batch.logits_rows), self.vocab_size, dtype=torch.float32)
         self._library.decode(self._decoder, Step.of(batch), out.data_ptr(), torch.get_num_threads())
         return out
 
     def _grow_rotations(self, length: int) -> None:
         """The model's own cosines and sines for every position below `length`, and some more."""
         positions = torch.arange(-(-length // _POSITIONS) * _POSITIONS)[None]
-        cosines, sines = (table[0].float().contiguous() for table in self._rotary(torch.zeros(1), positions))
+        cosines, sines = (
+            table[0].float().contiguous() for table in self._rotary(torch.zeros(1, dtype=torch.float32), positions)
+        )
         self._rotations = (cosines, sines)
         self._decoder.rotary_dim = cosines.shape[1]
         self._decoder.cosines, self._decoder.sines = cosines.data_ptr(), sines.data_ptr()

@@ -203,6 +203,8 @@ def _rotations(
     with torch.inference_mode():
         for start in range(0, positions, _CHUNK):
             places = torch.arange(start, min(start + _CHUNK, positions), device=device)[None]
-            chunks.append([table[0].float() for table in rotary(torch.zeros(1, device=device), places)])
+            chunks.append(
+                [table[0].float() for table in rotary(torch.zeros(1, dtype=torch.float32, device=device), places)]
+            )
         cosines, sines = (torch.cat(tables) for tables in zip(*chunks, strict=True))
     return cosines, sines

@@ -236,7 +236,7 @@ class DecodeGraphs:
         self._forward, self._inputs = forward, inputs
         self._recorder, self._limit = recorder, limit
         self._sizes = bucket_sizes(inputs.sequences)
-        self._logits = torch.zeros(inputs.sequences, vocab_size, device=inputs.device)
+        self._logits = torch.zeros(inputs.sequences, vocab_size, dtype=torch.float32, device=inputs.device)
         self._recordings: dict[int, Recording] = {}
         self._used = self._dearest = 0
         self._is_off = self._is_full = False

@@ -23,6 +23,7 @@ from pagedllm_core.model.limits import context_limit
 from pagedllm_core.model.resolve import check_weights, find_model, find_tokenizer, read_json, refuse_code
 from pagedllm_core.model.rope import fix_rotary_frequencies
 from pagedllm_core.model.support import refuse_unsupported, unsupported
+from pagedllm_core.native.library import DTYPES
 
 logger = logging.getLogger("pagedllm.model")
 
@@ -84,6 +85,8 @@ def load_model(config: EngineConfig, direct: bool = False) -> LoadedModel:
     folder = find_model(config.model, config.revision, config.trust_remote_code)
     refuse_code(folder, config.trust_remote_code)
     plain = plain_config(folder) if direct and config.load_format != "dummy" else None
+    if plain is not None and _pick_dtype(config.dtype, plain, device) not in DTYPES:
+        plain = None
     hf_config = plain or _read_config(folder, config.trust_remote_code)
     refuse_unsupported(hf_config)
     max_model_len = context_limit(hf_config, config.max_model_len)

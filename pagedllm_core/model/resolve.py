@@ -165,7 +165,9 @@ def check_weights(folder: Path) -> None:
     """
     for path in weight_files(folder):
         if path.suffix != ".safetensors":
-            raise ModelLoadError(f"{path}: named by the index of its folder, but only .safetensors files are loaded")
+            raise ModelLoadError(
+                f"{path}: named by model.safetensors.index.json, but only .safetensors files are loaded"
+            )
         try:
             with safe_open(path, framework="pt"):  # reads the header and compares it with the file's length
                 pass

@@ -53,7 +53,7 @@ def _embed(module: nn.Module, positions: list[int], arguments: dict[str, str]) -
     device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
     with torch.inference_mode(False), torch.no_grad():
         embedded: tuple[torch.Tensor, ...] = module(
-            torch.zeros(1, device=device), torch.tensor([positions], device=device), **arguments
+            torch.zeros(1, dtype=torch.float32, device=device), torch.tensor([positions], device=device), **arguments
         )
     return embedded
 

@@ -117,7 +117,8 @@ class ModelRunner:
             if library is None:
                 raise RuntimeError("a model was read directly, and there is no native code to run it")
             self.is_fused = True
-            return FusedDecoder(*model, library, int8, config.deterministic), model.attention
+            with self._threads():
+                return FusedDecoder(*model, library, int8, config.deterministic), model.attention
         attention: MakeBackend = TorchPagedAttention
         if library is not None:
             attention = partial(NativeAttention, library=library)

@@ -149,7 +149,7 @@ class PackedLinear:
         weight = weight.detach().contiguous()
         self._data = aligned(library.packed_size(outputs, inputs, kind), torch.uint8)
         self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
-        self._scales = torch.empty(outputs if int8 else 0)
+        self._scales = torch.empty(outputs if int8 else 0, dtype=torch.float32)
         library.pack_weight(
             weight.data_ptr(), outputs, inputs, weight.dtype.itemsize, kind, self._data.data_ptr(),
             self._scales.data_ptr(), torch.get_num_threads(),
@@ -163,7 +163,7 @@ class PackedLinear:
 
         Beside bfloat16 weights, rows are rounded to bfloat16 where the library `uses_bf16_products`.
         """
-        out = torch.empty(x.shape[0], self.matrix.outputs)
+        out = torch.empty(x.shape[0], self.matrix.outputs, dtype=torch.float32)
         self._library.matmul(self.matrix, x.data_ptr(), x.shape[0], out.data_ptr(), threads)
         return out
 

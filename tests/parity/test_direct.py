@@ -18,10 +18,13 @@ from transformers import AutoTokenizer
 
 from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.config import EngineConfig
+from pagedllm_core.engine import Engine
+from pagedllm_core.model import fuse as fuse_module
 from pagedllm_core.model import runner as runner_module
 from pagedllm_core.model.direct import DirectDecoder
 from pagedllm_core.model.loader import load_model
 from pagedllm_core.model.resolve import BUNDLED
+from pagedllm_core.params import SamplingParams
 from tests.native import LIBRARIES
 from tests.parity.driver import make_runner
 from tests.parity.families import make_config
@@ -115,6 +118,13 @@ def test_the_bits_are_those_of_the_other_route(
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}),
         ("qwen3", {"head_dim": None}),
         ("llama", {"something_new": 2}),
+        ("llama", {"sliding_window": 16}),
+        ("llama", {"eos_token_id": None}),
+        ("llama", {"rope_scaling": LLAMA3}),  # beside rope_parameters, which it takes the place of
+        ("llama", {"rope_scaling": "linear", "rope_parameters": None, "rope_theta": 1e4}),
+        ("llama", {"layer_types": 5}),
+        ("llama", {"layer_types": ["full_attention"]}),
+        ("llama", {"dtype": "torch.bfloat16"}),
     ],
     ids=str,
 )
@@ -162,6 +172,45 @@ def test_the_tokenizer_is_the_one_that_transformers_chooses() -> None:
     text = "Naïve 123 <tool_call> 田中<|im_end|>"
     assert loaded.tokenizer(text)["input_ids"] == own(text)["input_ids"]
     assert loaded.tokenizer.chat_template == own.chat_template
+
+
+def test_threads_are_limited_while_weights_are_packed(checkpoint: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    packed = fuse_module.PackedLinear
+
+    def watched(*arguments: Any) -> Any:
+        seen.add(torch.get_num_threads())
+        return packed(*arguments)
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(fuse_module, "PackedLinear", watched)
+    torch.set_num_threads(2)
+    try:
+        make_runner(checkpoint("llama"), num_threads=1).close()
+        assert (seen, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_another_threads_default_type_changes_nothing() -> None:
+    """transformers sets torch's default type while it loads a model, for all threads."""
+
+    def sampled(dtype: torch.dtype) -> list[tuple[list[int], Any]]:
+        engine = Engine(EngineConfig(model="tiny", device="cpu", kv_cache_memory="32MiB", dtype="float32"))
+        torch.set_default_dtype(dtype)
+        try:
+            for number, values in enumerate(({"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.9, "min_p": 0.01})):
+                params = SamplingParams(seed=7, max_tokens=40, logprobs=2, presence_penalty=0.3, **values)
+                engine.add([300, 301, 302], params, request_id=str(number))
+            outputs = []
+            while engine.has_unfinished:
+                outputs += [output for output in engine.step() if output.finished]
+        finally:
+            torch.set_default_dtype(torch.float32)
+            engine.close()
+        return [(one.outputs[0].token_ids, one.outputs[0].logprobs) for one in outputs]
+
+    assert sampled(torch.bfloat16) == sampled(torch.float32)
 
 
 def test_a_new_process_answers_without_the_modelling_code() -> None:

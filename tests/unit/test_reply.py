@@ -229,9 +229,12 @@ def test_an_answer_in_json_may_hold_tags():
 
 def test_an_answer_in_json_may_look_like_a_call():
     style = ReplyStyle(tools=LLAMA, names=["add"], json=True)
-    text = '{"name": "add"}'
-    for cuts in ([], list(range(1, len(text)))):
-        assert collect(streamed(text, style, cuts)) == Reply(text)
+    keys = '{"name": "add", "arguments": {"x": 1}, "more": 2}'
+    for text in ('{"name": "add"}', keys, '{"a": 1, "b": "cut o', '{"name": "ad'):
+        for cuts in ([], list(range(1, len(text)))):
+            assert collect(streamed(text, style, cuts)) == Reply(text)
+    reader = ReplyReader(style)
+    assert [[piece.text for piece in reader.feed(part)] for part in ('{"', 'a": ', "1")] == [[], ['{"a": '], ["1"]]
     call = written(style, [("add", {"a": 1})])
     assert names_and_arguments(read_reply(call, style)) == [("add", {"a": 1})]
 
