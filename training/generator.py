@@ -25,15 +25,15 @@ EARLY = {
     "repeat": 0.16,
 }
 LATE = {
-    "context": 0.26,
-    "leaflets": 0.13,
-    "lookup": 0.03,
-    "recite": 0.02,
+    "context": 0.23,
+    "leaflets": 0.12,
+    "lookup": 0.02,
+    "recite": 0.01,
     "tools": 0.17,
-    "json": 0.25,
+    "json": 0.33,
     "memory": 0.07,
-    "talk": 0.03,
-    "repeat": 0.04,
+    "talk": 0.02,
+    "repeat": 0.03,
 }
 
 

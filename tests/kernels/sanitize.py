@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["tests/kernels/test_native.py", "tests/kernels/test_attention.py", "tests/parity/test_fused.py"]
+KERNELS, MODELS = ("native", "attention"), ("fused", "direct")
+TESTS = [*(f"tests/kernels/test_{name}.py" for name in KERNELS), *(f"tests/parity/test_{name}.py" for name in MODELS)]
 
 
 def main() -> int:
