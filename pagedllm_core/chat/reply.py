@@ -137,7 +137,6 @@ class ReplyReader:
             return self._go("call", self._leading)
         if not last and any(head.startswith(rest) for head in heads):
             return False
-        self._plain = True
         return self._go("text", self._leading)
 
     def _read_text(self, last: bool) -> bool:

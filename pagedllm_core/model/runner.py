@@ -74,8 +74,9 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, *, gpu: GpuCode | None = None) -> None:
         self._num_threads = config.num_threads
         self.sampler: DeviceSampler | None = None
-        gpu = gpu or gpu_code(pick_device(config.device))
-        library = load(tier()) if gpu is None and pick_device(config.device).type == "cpu" else None
+        device = pick_device(config.device)
+        gpu = gpu or gpu_code(device)
+        library = load(tier()) if gpu is None and device.type == "cpu" else None
         with self._threads():
             loaded = load_model(config, direct=library is not None)
         self.max_model_len = loaded.max_model_len

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.engine import Engine
+from pagedllm_core.errors import ModelLoadError
 from pagedllm_core.model import fuse as fuse_module
 from pagedllm_core.model import runner as runner_module
 from pagedllm_core.model.direct import DirectDecoder
@@ -134,10 +136,8 @@ def test_unusual_configurations_are_left_to_transformers(
     folder = checkpoint(name)
     assert is_direct(folder)
     change(folder, **fields)
-    try:
+    with suppress(ModelLoadError):  # a change may make the weights wrong for transformers, too
         assert not is_direct(folder)
-    except Exception as error:  # a change that makes the weights wrong for transformers, too
-        assert type(error).__name__ == "ModelLoadError"  # noqa: PT017
 
 
 def test_other_names_shapes_and_types_of_weights_are_left_to_transformers(checkpoint: Folders) -> None:

@@ -13,6 +13,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_pagedllm import ChatPagedLLM, PagedLLM
 
 from pagedllm_core import LLM, AsyncEngine, SamplingParams
+from pagedllm_core.engine import Engine
 from pagedllm_core.errors import InvalidRequestError
 
 PROMPT = ChatPromptTemplate.from_messages([("human", "{text}")])
@@ -102,27 +103,38 @@ async def test_else_the_parent_run(keys: list[str | None]) -> None:
     assert keys == [runs[0], runs[0], runs[1], runs[1], None]
 
 
-async def test_a_huge_batch_does_not_starve_another_chain(fresh_engines: None) -> None:
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """On the engine's own thread: ("queued" or "finished", id) of every request, in order."""
+    found: list[tuple[str, str]] = []
+    enqueue, step = Engine.enqueue, Engine.step
+
+    def watched_enqueue(self: Engine, request: Any) -> str:
+        found.append(("queued", request.request_id))
+        return enqueue(self, request)
+
+    def watched_step(self: Engine) -> Any:
+        outputs = step(self)
+        found.extend(("finished", output.request_id) for output in outputs if output.finished)
+        return outputs
+
+    monkeypatch.setattr(Engine, "enqueue", watched_enqueue)
+    monkeypatch.setattr(Engine, "step", watched_step)
+    return found
+
+
+async def test_a_huge_batch_does_not_starve_another_chain(fresh_engines: None, served: list[tuple[str, str]]) -> None:
     with AsyncEngine(model="tiny", max_num_seqs=2, scheduling_policy="fair", block_size=16) as engine:
         chat = ChatPagedLLM(model="tiny", engine=engine, max_tokens=12, ignore_eos=True)
-        ended: list[str] = []
-
-        async def one(text: str) -> None:
-            await chat.ainvoke(text)
-            ended.append("single")
-
-        async def many() -> None:
-            async for _ in chat.abatch_as_completed([f"question {number}" for number in range(40)]):
-                ended.append("batch")
-
-        batch = asyncio.ensure_future(many())
-        while engine.stats().waiting < 30:
+        batch = asyncio.ensure_future(chat.abatch([f"question {number}" for number in range(40)]))
+        while engine.stats().waiting < 30 and not batch.done():
             await asyncio.sleep(0)
-        before = len(ended)
-        await one("a single call of another chain")
-        assert ended.index("single") - before <= 6, ended
-        await batch
-        assert len(ended) == 41
+        await chat.ainvoke("a single call of another chain")
+        assert len(await batch) == 40
+    queued = [request for kind, request in served if kind == "queued"]
+    assert len(queued) == 41
+    begin, end = served.index(("queued", queued[-1])), served.index(("finished", queued[-1]))
+    assert sum(kind == "finished" for kind, _ in served[begin:end]) <= 6, served
 
 
 class Beams(TypedDict):
