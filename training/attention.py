@@ -1,14 +1,18 @@
 """Auxiliary losses that teach single attention heads the steps of finding a sentence and copying it.
 
 A causal model that answers with a sentence of the text has to know, at the beginning of the answer, how that sentence
-starts, and then what comes next. Six heads are taught the way to it:
+starts, and then what comes next; a value of a JSON answer has to be found by its key. Heads are taught the way to it:
 
     layer 0   a token                    -> the token before it
     layer 1   a word of a text           -> the first token of its own sentence
+    layer 1   a token of a value         -> the first token of the value
+    layer 1   a key in a text            -> its value, where that stands before it
     layer 2   a word of the question     -> the same word in the sentence of the answer
+    layer 2   a key of a JSON answer     -> the same key in the sentence of its value
     layer 2   a token of an answer       -> the token that follows it in the source
-    layer 3   the beginning of an answer -> the question
-    layer 4   the beginning of an answer -> the sentence of the answer
+    layer 3   the beginning of an answer -> the question, or the key before a value
+    layer 3   a value in a text          -> its key, where that stands before it
+    layer 4   the beginning of an answer -> the sentence of the answer, or the value
 
 The loss is minus the logarithm of the attention which the right place gets; the model itself stays a plain Llama.
 """
@@ -33,6 +37,9 @@ class Kind(IntEnum):
     COPY = 3
     GATHER = 4
     POINT = 5
+    BEGIN = 6
+    OWNED = 7
+    OWNER = 8
 
 
 # layer and head of each kind, and the weight of its loss
@@ -43,6 +50,9 @@ HEADS = {
     Kind.COPY: (2, 0, 0.15),
     Kind.GATHER: (3, 0, 0.05),
     Kind.POINT: (4, 1, 0.2),
+    Kind.BEGIN: (1, 2, 0.08),
+    Kind.OWNED: (1, 3, 0.05),
+    Kind.OWNER: (3, 2, 0.08),
 }
 
 # position of the query, first and last + 1 position of the place it should look at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, field
 
 from . import values as v
@@ -38,6 +39,13 @@ class ContextTasks:
     def __init__(self, files: tuple[str, ...] = FACT_FILES) -> None:
         self.domains: dict[str, list[Block]] = load(*files)
         self.names = list(self.domains)
+
+    def words(self) -> list[str]:
+        """The longer words of the facts and of the word banks, in lower case, each once."""
+        blocks = [block for domain in self.domains.values() for block in domain]
+        texts = [text for block in blocks for part in (block.sentences, *block.bindings.values()) for text in part]
+        found = re.findall(r"\b[a-z]{4,}\b", " ".join([*texts, *w.NOUNS, *w.ADJECTIVES]))
+        return sorted(set(found))
 
     def facts(self, rng: Rng, count: int) -> list[Fact]:
         """Facts for one document, some of them near-duplicates about another subject."""

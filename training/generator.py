@@ -48,8 +48,19 @@ def mixture(progress: float) -> dict[str, float]:
     return {task: EARLY[task] * (1 - part) + LATE[task] * part for task in LATE}
 
 
-def splice_words(dialogue: Dialogue, rng: random.Random) -> Dialogue:
-    """Replace some long words of the answers everywhere by two halves of different words.
+def another_word(word: str, others: list[str], bank: list[str], rng: random.Random) -> str:
+    """A word of the bank, or the beginning of a word with the end of one of the others or of the bank."""
+    if rng.random() < 0.25:
+        return rng.choice(bank)
+    if rng.random() < 0.5:
+        other = rng.choice(bank)  # its end is long, so that pieces of the vocabulary come up that few words have
+        return word[: rng.randint(1, 2)] + other[rng.randint(1, min(3, len(other) - 2)) :]
+    other = rng.choice(others)
+    return word[: rng.randint(2, len(word) - 2)] + other[rng.randint(1, len(other) - 2) :]
+
+
+def splice_words(dialogue: Dialogue, bank: list[str], rng: random.Random) -> Dialogue:
+    """Replace some long words of the answers everywhere by others or by two halves of different words.
 
     Such a word has to be copied from the text, piece by piece: it cannot be known. A question may have it without the
     capital or the plural of the sentence.
@@ -60,8 +71,7 @@ def splice_words(dialogue: Dialogue, rng: random.Random) -> Dialogue:
     chosen = rng.sample(words, rng.randint(1, max(1, len(words) // 3)))
     spliced = {}
     for word in chosen:
-        other = rng.choice(words)
-        new = word[: rng.randint(2, len(word) - 2)] + other[rng.randint(1, len(other) - 2) :]
+        new = another_word(word, words, bank, rng)
         spliced[word] = new
         if word.endswith("s"):
             spliced.setdefault(word[:-1], new.removesuffix("s"))
@@ -87,6 +97,7 @@ class Generator:
         self.rng = random.Random(seed)
         self.context = ContextTasks()
         self.tools = ToolMaker()
+        self.words = self.context.words()
 
     def dialogue(self, progress: float = 1.0) -> Dialogue:
         """The next dialogue."""
@@ -101,7 +112,7 @@ class Generator:
                 else [0.6, 0.8, 1.0, 1.3, 1.6]
             )
             dialogue = self.context.qa(self.rng, size)
-            return splice_words(dialogue, self.rng) if self.rng.random() < SPLICED else dialogue
+            return splice_words(dialogue, self.words, self.rng) if self.rng.random() < SPLICED else dialogue
         if task == "tools":
             return self.tools.calls(self.rng)
         if task == "leaflets":

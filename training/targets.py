@@ -85,19 +85,72 @@ def find_starts(text: str, encoding: Encoding, offset: int, rng: random.Random) 
     return found
 
 
-def find_values(texts: Texts, answer: str, encoding: Encoding) -> list[tuple[int, int, int]]:
-    """For every key and value in a JSON answer: the token before it, and where the conversation last mentions it."""
-    found = []
+def _outside(text: str) -> str:
+    return rf"(?<!\w){text}(?!\w)"
+
+
+def _mention(text: str, value: str, key: str) -> tuple[tuple[int, int], tuple[int, int] | None] | None:
+    """Where a text has a value, and the key in the sentence around it; a sentence that has both is preferred."""
+    spoken = re.compile(_outside(re.escape(key).replace("_", "[_ ]") or "$^"), re.IGNORECASE)
+    marks = [0, *(mark.end() for mark in _SENTENCE.finditer(text)), len(text)]
+    alone = None
+    for match in re.finditer(_outside(re.escape(value)), text):
+        begin, end = match.span()
+        sentence = max(mark for mark in marks if mark <= begin), min(mark for mark in marks if mark >= end)
+        names = [name.span() for name in spoken.finditer(text, *sentence)]
+        names = [name for name in names if name[1] <= begin or name[0] >= end]
+        if names:
+            return match.span(), min(names, key=lambda name: abs(name[0] - begin))
+        alone = alone or (match.span(), None)
+    return alone
+
+
+def _links(offset: int, source: Encoding, value: tuple[int, int], name: tuple[int, int] | None) -> list[Target]:
+    """What a value in a text and the key beside it look at: the value's first token, and the earlier one of the two."""
+    first, last = (offset + place for place in span(source, *value))
+    found = [(Kind.BEGIN, query, first, first + 1) for query in range(first + 1, last)]
+    if name:
+        begin, end = (offset + place for place in span(source, *name))
+        if begin < first:
+            found += [(Kind.OWNER, query, begin, end) for query in range(first, last)]
+        else:
+            found += [(Kind.OWNED, end - 1, first, last)]
+    return found
+
+
+def find_values(
+    texts: Texts, answer: str, encoding: Encoding, start: int
+) -> tuple[list[tuple[int, int, int]], list[Target]]:
+    """Where the keys and values of a JSON answer come from; its first token stands at `start`.
+
+    Returns:
+        For every key and value: the token of the answer before it, and where the conversation mentions it. And what
+        the keys and values, there and here, should look at to find each other.
+    """
+    places: list[tuple[int, int, int]] = []
+    targets: list[Target] = []
+    key, named = "", (0, 0)
     for match in _PART.finditer(answer):
         group = 1 if match.group(1) else 2
-        if match.group(group) in ("name", "arguments") and "<tool_call>" in answer:
+        word = match.group(group)
+        if word in ("name", "arguments") and "<tool_call>" in answer:
+            key = ""
             continue
-        value = re.compile(rf"(?<!\w){re.escape(match.group(group))}(?!\w)")
-        query = span(encoding, match.start(group), match.end(group))[0] - 1
-        for offset, text, source in reversed(texts):
-            place = value.search(text)
-            if place:
-                first, last = span(source, *place.span())
-                found.append((query, offset + first, offset + last))
-                break
-    return found
+        here = span(encoding, match.start(group), match.end(group))
+        is_key = answer.startswith(":", match.end())
+        if is_key:
+            key, named = word, here
+        mentions = [(one, _mention(one[1], word, "" if is_key else key)) for one in reversed(texts)]
+        known = [(one, *found) for one, found in mentions if found]
+        if not known:
+            continue
+        (offset, _, source), value, name = next((one for one in known if one[2]), known[0])
+        first, last = span(source, *value)
+        places.append((here[0] - 1, offset + first, offset + last))
+        if key and not is_key:
+            targets.append((Kind.GATHER, start + here[0] - 1, start + named[0], start + named[1]))
+            targets += _links(offset, source, value, name)
+            if name:
+                begin, end = span(source, *name)
+                targets.append((Kind.MATCH, start + named[1] - 1, offset + begin, offset + end))
+    return places, targets

@@ -70,7 +70,8 @@ class Batches:
                     places = [(-1, *place)]
                     targets += [(Kind.POINT, len(ids) + step, *place) for step in range(min(5, len(part.ids) - 1))]
                 elif text.startswith(("{", "<tool_call>")):
-                    places = find_values(texts, text, part)
+                    places, links = find_values(texts, text, part, len(ids))
+                    targets += links
                 targets += [(Kind.POINT, len(ids) + query, a, b) for query, a, b in places]
                 for query, a, b in places:
                     targets += copies(ids + part.ids, len(ids) + query, a, b)
