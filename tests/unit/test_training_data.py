@@ -20,9 +20,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from training import heldout
+from training.attention import Kind
 from training.chatml import MARKERS, SPECIAL, segments
 from training.context_tasks import Dialogue
 from training.generator import Generator
+from training.targets import find_values
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "pagedllm_core" / "bundled" / "tiny"
@@ -115,6 +117,32 @@ def test_answers_about_a_text_are_copied_from_it() -> None:
         for message in dialogue.messages:
             if message["role"] == "assistant" and not message["content"].startswith("I "):
                 assert message["content"] in text
+
+
+def test_values_are_found_beside_their_keys() -> None:
+    text = "The serial of 12 grams is KB-50. Age: 12. With Ms. Abe as name."
+    source, answer = backend().encode(text), '{"serial": "KB-50", "age": 12, "name": "Ms. Abe"}'
+    part, start = backend().encode(answer), 1000
+
+    def said(position: int, end: int) -> tuple[int, str]:
+        """Where the tokens from a position on begin, in the text or the answer, and what they say."""
+        encoding, whole = (source, text) if position < start else (part, answer)
+        first, last = position % start, (end - 1) % start
+        begin = encoding.offsets[first][0]
+        begin += whole[begin] == " "
+        return begin, whole[begin : encoding.offsets[last][1]]
+
+    places, targets = find_values([(0, text, source)], answer, part, start)
+    number, age, name = text.index("12."), text.index("Age"), text.index("name")
+    copied = [said(first, last) for _, first, last in places]
+    assert (number, "12") in copied  # and not the grams
+    assert {word for _, word in copied} == {"serial", "KB-50", "12", "Ms. Abe", "name"}  # "age" stands nowhere
+    links = {(kind, said(query, query + 1), said(first, last)) for kind, query, first, last in targets}
+    assert (Kind.OWNER, (number, "1"), (age, "Age")) in links
+    assert (Kind.OWNED, (name, "name"), (text.index("Ms."), "Ms. Abe")) in links
+    assert (Kind.MATCH, (answer.index("name"), "name"), (name, "name")) in links
+    assert (answer.index("name"), "name") in {target for kind, _, target in links if kind == Kind.GATHER}
+    assert {target for kind, _, target in links if kind == Kind.BEGIN} >= {(number, "1"), (text.index("KB"), "K")}
 
 
 def test_heldout_tasks_are_deterministic() -> None:
