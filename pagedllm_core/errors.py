@@ -19,24 +19,27 @@ class InvalidRequestError(PagedLLMError, ValueError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """The prompt is longer than the model's context.
+    """The prompt is longer than the model's context, or leaves too little of it.
 
     Args:
         prompt_length: Number of tokens in the prompt.
         limit: The engine's `max_model_len` in tokens.
+        needed: The fewest tokens that an output takes which `guided` allows; 0 without it.
     """
 
-    def __init__(self, prompt_length: int, limit: int) -> None:
+    def __init__(self, prompt_length: int, limit: int, needed: int = 0) -> None:
         self.prompt_length = prompt_length
         self.limit = limit
+        self.needed = needed
+        output = f" and at least {needed} of output, as guided asks for them," if needed else ""
         super().__init__(
-            f"prompt: {prompt_length} tokens exceed the context limit of {limit} tokens (max_model_len); "
+            f"prompt: {prompt_length} tokens{output} exceed the context limit of {limit} tokens (max_model_len); "
             "shorten the prompt or choose a model with a longer context"
         )
 
-    def __reduce__(self) -> tuple[type["ContextLengthError"], tuple[int, int]]:
-        """Pickle by the two counts, so that the error crosses process boundaries."""
-        return type(self), (self.prompt_length, self.limit)
+    def __reduce__(self) -> tuple[type["ContextLengthError"], tuple[int, int, int]]:
+        """Pickle by the counts, so that the error crosses process boundaries."""
+        return type(self), (self.prompt_length, self.limit, self.needed)
 
 
 class CapacityError(PagedLLMError):

@@ -71,7 +71,7 @@ class Intake:
 
         Raises:
             InvalidRequestError: A field cannot be served; the message names it.
-            ContextLengthError: The prompt exceeds the context limit.
+            ContextLengthError: The prompt, with the smallest output that `guided` allows, exceeds the context limit.
             CapacityError: The prompt can never fit the KV pool.
         """
         arrival_time = self._clock()
@@ -102,19 +102,22 @@ class Intake:
             share_key=_checked_share_key(share_key),
             stream=stream and params.best_of is None and not params.use_beam_search,
             beams=_beam_state(params, len(set(rules.end_token_ids)), limit) if params.use_beam_search else None,
-            grammar=self._grammar(params, limit),
+            grammar=self._grammar(params, len(token_ids), limit),
             prompt_logprobs=None if params.prompt_logprobs is None else [],
         )
 
-    def _grammar(self, params: SamplingParams, limit: int) -> Grammar | None:
+    def _grammar(self, params: SamplingParams, prompt_tokens: int, limit: int) -> Grammar | None:
         """The compiled grammar, if its smallest output fits the budget."""
         if params.guided is None:
             return None
         grammar = self.grammars.compile(params.guided)
-        if len(grammar.closing) > limit:
+        needed = len(grammar.closing)
+        if prompt_tokens + needed > self._runner.max_model_len:
+            raise ContextLengthError(prompt_tokens, self._runner.max_model_len, needed)
+        if needed > limit:
             raise InvalidRequestError(
-                f"guided: the smallest output that satisfies it takes {len(grammar.closing)} tokens, but max_tokens, "
-                f"the context and the KV pool leave {limit}; raise max_tokens, or shorten the prompt or the schema"
+                f"guided: the smallest output that satisfies it takes {needed} tokens, but max_tokens and "
+                f"the KV pool leave {limit}; raise max_tokens, or shorten the prompt or the schema"
             )
         return grammar
 

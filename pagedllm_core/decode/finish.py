@@ -15,7 +15,7 @@ def take_token(sequence: Sequence, request: Request, token: int) -> None:
     if guide is not None:
         guide.advance(token)
         if token in guide.vocabulary.end_tokens:
-            finish_sequence(sequence, request, "stop", ended_by_token=True)
+            finish_sequence(sequence, request, "length" if guide.shortened else "stop", ended_by_token=True)
             return
         may_stop = may_stop and guide.accepting  # what a grammar asks for is not cut in the middle
     if may_stop and token in request.rules.eos_token_ids:
@@ -32,7 +32,8 @@ def take_token(sequence: Sequence, request: Request, token: int) -> None:
             return
     complete = guide is not None and guide.finished
     if generated >= request.max_tokens or (complete and params.ignore_eos):
-        finish_sequence(sequence, request, "stop" if complete else "length")
+        as_wanted = complete and guide is not None and not guide.shortened
+        finish_sequence(sequence, request, "stop" if as_wanted else "length")
 
 
 def finish_sequence(sequence: Sequence, request: Request, reason: str, ended_by_token: bool = False) -> None:

@@ -162,6 +162,7 @@ class Guide:
         closing: Tokens that complete the output.
         may_end: Whether an end token may be generated where the output is complete.
         forced: Tokens that come next, whatever the logits say.
+        shortened: Whether a token was refused because the budget left no room to complete the output after it.
     """
 
     vocabulary: Vocabulary
@@ -169,13 +170,14 @@ class Guide:
     closing: list[int]
     may_end: bool = True
     forced: list[int] = field(default_factory=list)
+    shortened: bool = False
     _known: dict[int, list[int] | None] = field(default_factory=dict)  # closings after tokens that were looked at
     _failures: int = 0
 
     def copy(self) -> Guide:
         """The same state for a fork."""
         matcher = None if self.matcher is None else self.matcher.deep_copy()
-        return Guide(self.vocabulary, matcher, self.closing, self.may_end, self.forced)
+        return Guide(self.vocabulary, matcher, self.closing, self.may_end, self.forced, self.shortened)
 
     @property
     def accepting(self) -> bool:
@@ -221,6 +223,7 @@ class Guide:
             room: Tokens of the budget that are left once it is taken.
         """
         closing = self._after(token)
+        self.shortened = self.shortened or (closing is not None and len(closing) > room)
         return closing is not None and len(closing) <= room
 
     def _after(self, token: int) -> list[int] | None:

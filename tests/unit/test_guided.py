@@ -12,7 +12,7 @@ import pytest
 from pagedllm_core import LLM, GuidedParams, SamplingParams
 from pagedllm_core.decode import grammar as grammar_module
 from pagedllm_core.decode.schema import prepare_schema
-from pagedllm_core.errors import InvalidRequestError
+from pagedllm_core.errors import ContextLengthError, InvalidRequestError
 from pagedllm_core.outputs import RequestOutput
 
 PERSON = {
@@ -238,8 +238,21 @@ def test_too_small_a_budget_is_refused(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match=r"guided: the smallest output .* leave 5; raise max_tokens"):
         run(llm, guided(5, json=PERSON))
     long = llm.get_tokenizer()("word " * 3000)["input_ids"][: llm.engine.max_model_len - 4]
-    with pytest.raises(InvalidRequestError, match="leave 4"):
+    with pytest.raises(ContextLengthError, match=r"2044 tokens and at least \d+ of output, .* limit of 2048"):
         llm.generate([long], guided(None, json=PERSON), use_tqdm=False)
+
+
+@pytest.mark.parametrize("how", [{}, {"n": 2, "temperature": 1.0}, {"use_beam_search": True, "best_of": 2}])
+def test_what_the_budget_shortened_ended_by_length(llm: LLM, how: dict[str, Any]) -> None:
+    """A call with half of a path is valid, but not what was meant."""
+    pattern = {"regex": "(/home/anna/projects/website_old){1,3};"}
+    how = {"temperature": 0, "ignore_eos": False, "logit_bias": {llm.get_tokenizer().encode(";")[0]: -50.0}, **how}
+    whole = run(llm, guided(200, **pattern, **how)).outputs
+    cut = run(llm, guided(len(whole[0].token_ids) - 3, **pattern, **how)).outputs
+    assert {one.finish_reason for one in whole} == {"stop"}
+    assert {one.finish_reason for one in cut} == {"length"}
+    assert all(re.fullmatch(pattern["regex"], one.text) for one in cut)
+    assert len(cut[0].text) < len(whole[0].text)
 
 
 def test_objects_that_list_their_properties_are_closed() -> None:
