@@ -6,7 +6,16 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pagedllm_core.chat.adapter import EngineSource, sampling_params, shared_engine
 from pagedllm_core.config import EngineConfig
@@ -38,27 +47,33 @@ class AdapterFields(BaseModel):
 
     model: str = Field("tiny", description='"tiny" (the bundled model), a local folder, or a Hugging Face repository.')
 
-    temperature: float | None = Field(None, description="0 is greedy.")
-    top_p: float | None = Field(None, description="Nucleus sampling.")
-    top_k: int | None = Field(None, description="Most likely tokens kept; 0 or -1: all.")
-    min_p: float | None = Field(None, description="Least probability relative to the most likely token.")
-    max_tokens: int | None = Field(None, description="Most tokens to generate; None: up to the context limit.")
-    min_tokens: int | None = Field(None, description="No end and no stop before this many tokens.")
+    temperature: float | None = Field(None, strict=True, description="0 is greedy.")
+    top_p: float | None = Field(None, strict=True, description="Nucleus sampling.")
+    top_k: int | None = Field(None, strict=True, description="Most likely tokens kept; 0 or -1: all.")
+    min_p: float | None = Field(None, strict=True, description="Least probability relative to the most likely token.")
+    max_tokens: int | None = Field(
+        None, strict=True, description="Most tokens to generate; None: up to the context limit."
+    )
+    min_tokens: int | None = Field(None, strict=True, description="No end and no stop before this many tokens.")
     stop: list[str] | str | None = Field(None, description="Strings that end generation.")
     stop_token_ids: list[int] | None = Field(None, description="Token ids that end generation.")
     ignore_eos: bool | None = Field(None, description="Go on after the model's end tokens.")
-    seed: int | None = Field(None, description="Same request and seed: same tokens.")
-    n: int = Field(1, description="Replies per call.")
-    best_of: int | None = Field(None, description="Replies to generate; the best `n` come back.")
+    seed: int | None = Field(None, strict=True, description="Same request and seed: same tokens.")
+    n: int = Field(1, strict=True, description="Replies per call.")
+    best_of: int | None = Field(None, strict=True, description="Replies to generate; the best `n` come back.")
     use_beam_search: bool | None = Field(None, description="Beam search instead of sampling.")
-    length_penalty: float | None = Field(None, description="Beams: exponent of the length in the score.")
-    repetition_penalty: float | None = Field(None, description="Over prompt and output; 1.0 is off.")
-    presence_penalty: float | None = Field(None, description="Subtracted once for each token of the output.")
-    frequency_penalty: float | None = Field(None, description="Subtracted for each occurrence in the output.")
+    length_penalty: float | None = Field(None, strict=True, description="Beams: exponent of the length in the score.")
+    repetition_penalty: float | None = Field(None, strict=True, description="Over prompt and output; 1.0 is off.")
+    presence_penalty: float | None = Field(
+        None, strict=True, description="Subtracted once for each token of the output."
+    )
+    frequency_penalty: float | None = Field(
+        None, strict=True, description="Subtracted for each occurrence in the output."
+    )
     logit_bias: dict[int, float] | None = Field(None, description="Added to the logits of these token ids.")
     guided: dict[str, Any] | None = Field(None, description="What replies are held to: the fields of `GuidedParams`.")
     logprobs: bool | None = Field(None, description="Return log-probabilities of the generated tokens.")
-    top_logprobs: int | None = Field(None, description="Return those of this many alternatives as well.")
+    top_logprobs: int | None = Field(None, strict=True, description="Return those of this many alternatives as well.")
 
     chat_template: str | None = Field(None, description="A Jinja template, or a file of one, in place of the model's.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further template variables.")
@@ -70,19 +85,22 @@ class AdapterFields(BaseModel):
     parallel_tool_calls: bool | None = Field(
         None, description="Several calls in one reply; None: unless one is forced."
     )
-    timeout: float | None = Field(None, description="Seconds until a call fails and its memory is freed.")
+    timeout: float | None = Field(None, strict=True, description="Seconds until a call fails and its memory is freed.")
 
     engine: Any = Field(None, exclude=True, repr=False, description="An `AsyncEngine` to use instead of a shared one.")
     revision: str | None = Field(None, description="Branch, tag or commit of the model.")
     trust_remote_code: bool | None = Field(None, description="Allow code in the model's folder to run.")
     dtype: str | None = Field(None, description='Weights\' type: "auto", "float32", "bfloat16", "float16".')
     device: str | None = Field(None, description='"auto", "cpu", "cuda", "cuda:1", "mps".')
-    max_model_len: int | None = Field(None, description="Context limit in tokens.")
-    max_num_seqs: int | None = Field(None, description="Most sequences in one step.")
+    max_model_len: int | None = Field(None, strict=True, description="Context limit in tokens.")
+    max_num_seqs: int | None = Field(None, strict=True, description="Most sequences in one step.")
     kv_cache_memory: int | str | None = Field(None, description='Bytes of the KV pool, or e.g. "2GiB".')
     enable_prefix_caching: bool | None = Field(None, description="Reuse equal prefixes across calls.")
     keep_alive: float | None = Field(
-        None, gt=0, description="Seconds that the engine stays loaded without work; None: until it is closed."
+        None,
+        gt=0,
+        strict=True,
+        description="Seconds that the engine stays loaded without work; None: until it is closed.",
     )
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further fields of `EngineConfig`.")
     _told: set[str] = PrivateAttr(default_factory=set)  # unknown arguments that the caller was warned of
@@ -93,6 +111,9 @@ class AdapterFields(BaseModel):
         if not isinstance(values, dict):
             return values
         values = cls._by_own_names(values)
+        config = getattr(values.get("engine"), "config", None)
+        if isinstance(config, EngineConfig) and values.get("model") is None:
+            values["model"] = config.model
         known = set(cls.model_fields) | {field.alias for field in cls.model_fields.values()}
         if unknown := sorted(set(values) - known - {"class_name"}):
             further = [name for name in unknown if name in EngineConfig.model_fields]
@@ -118,7 +139,10 @@ class AdapterFields(BaseModel):
             InvalidRequestError: A field cannot be served.
         """
         fields = {name: value for name in ENGINE_FIELDS if (value := getattr(self, name)) is not None}
-        return EngineConfig(**{**self.engine_kwargs, **fields, "model": model or self.model})
+        fields = {**self.engine_kwargs, **fields}
+        if model not in (None, self.model):  # these say which files of the own model
+            fields = {name: value for name, value in fields.items() if name not in ("revision", "tokenizer")}
+        return EngineConfig(**{**fields, "model": model or self.model})
 
     def _source(self, model: str | None = None) -> EngineSource:
         if self.engine is not None and model in (None, self.model):
@@ -172,7 +196,9 @@ class AdapterFields(BaseModel):
         fields = {name: getattr(self, name) for name in SAMPLING_FIELDS if hasattr(self, name)}
         fields.update({name: given[name] for name in SAMPLING_FIELDS if name in given})
         wanted = {name: given.get(name, getattr(self, name)) for name in ("logprobs", "top_logprobs")}
-        if wanted["logprobs"] or wanted["top_logprobs"]:
+        if type(wanted["logprobs"]) is int:  # as in SamplingParams
+            wanted["top_logprobs"] = wanted["top_logprobs"] or wanted["logprobs"]
+        if wanted["logprobs"] or wanted["top_logprobs"] or type(wanted["logprobs"]) is int:
             fields["logprobs"] = wanted["top_logprobs"] or 0
         return sampling_params(fields)
 
@@ -184,7 +210,7 @@ class AdapterFields(BaseModel):
 
     def _warn_unknown_arguments(self, given: Mapping[str, Any], further: Collection[str]) -> None:
         known = {*SAMPLING_FIELDS, *further, "model", "timeout", "share_key", "logprobs", "top_logprobs"}
-        if unknown := sorted(set(given) - known - self._told):
+        if unknown := sorted(set(self._by_own_names(given)) - known - self._told):
             self._told.update(unknown)
             warnings.warn(f"{type(self).__name__}: unknown argument {', '.join(unknown)} is ignored", stacklevel=4)
 
@@ -203,15 +229,28 @@ class AdapterFields(BaseModel):
             "parallel_tool_calls",
         )
         names = (*own, *ENGINE_FIELDS, *SAMPLING_FIELDS)
-        return {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        found = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        return found if self.engine is None else {**found, "engine": self._engine_identity()}
+
+    def _engine_identity(self) -> str:
+        """The configuration of the given engine."""
+        return str(self.engine.config.model_dump_json())
+
+    @model_serializer(mode="wrap")
+    def _with_engine(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dumps carry the configuration of an injected engine, as pickles do."""
+        return dict(dump(self if self.engine is None else self._on_its_own()))
+
+    def _on_its_own(self) -> Self:
+        """A copy that names what it needs of an injected engine, in place of the engine."""
+        if self.engine is None:
+            return self
+        config = self.engine.config.model_dump()
+        update = {**dict.fromkeys(ENGINE_FIELDS), "engine": None, "model": config.pop("model")}
+        return self.model_copy(update={**update, "engine_kwargs": config})
 
     def __getstate__(self) -> dict[Any, Any]:
         """Pickles carry the configuration, of an injected engine too."""
-        update: dict[str, Any] = {}
-        if self.engine is not None:
-            config = self.engine.config.model_dump()
-            update = {**dict.fromkeys(ENGINE_FIELDS), "engine": None, "model": config.pop("model")}
-            update["engine_kwargs"] = config
         # Of a copy: a framework's base class may take things out of the very dictionary it is asked for.
-        state: dict[Any, Any] = super(AdapterFields, self.model_copy(update=update)).__getstate__()
+        state: dict[Any, Any] = super(AdapterFields, self._on_its_own().model_copy()).__getstate__()
         return state

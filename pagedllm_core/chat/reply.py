@@ -75,6 +75,7 @@ class ReplyReader:
     _place: int = 0  # how much of the held call was passed on, within its arguments
     _depth: int = 0
     _quoted: bool = False
+    _failed: int = 0  # what was meant as a call and is none
     _escaped: bool = False
     _pieces: list[Piece] = field(default_factory=list)
 
@@ -269,7 +270,8 @@ class ReplyReader:
 
     def _fail(self, text: str, error: str) -> None:
         begin = self.style.tools.begin.strip() if self.style.tools else ""
-        self._pieces.append(Piece("invalid", begin + text.rstrip(), error=error))
+        self._pieces.append(Piece("invalid", begin + text.rstrip(), index=self._failed, error=error))
+        self._failed += 1
 
     def _after(self) -> bool:
         return self._go("between")

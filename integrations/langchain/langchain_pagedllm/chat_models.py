@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,20 +21,15 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult, RunInfo
 from langchain_core.runnables import Runnable, RunnableConfig
 
+from langchain_pagedllm.batching import MAX_THREADS, AllAtOnce
 from langchain_pagedllm.convert import PROVIDER, Chunks, Source, to_chat_result, to_template_messages
 from langchain_pagedllm.errors import as_langchain_errors
 from langchain_pagedllm.fields import IGNORED_PER_CALL, PagedModel, check_streamable
 from langchain_pagedllm.profile import model_profile
-from langchain_pagedllm.sharing import (
-    configs_of_one_share,
-    each_as_completed,
-    given_key,
-    share_key,
-    with_one_share,
-)
+from langchain_pagedllm.sharing import given_key, share_key, with_one_share
 from langchain_pagedllm.structured import as_tools, bindings_and_parser, with_raw
 from pagedllm_core.chat.adapter import Call, watched
-from pagedllm_core.chat.schemas import response_schema
+from pagedllm_core.chat.schemas import class_schema, is_class, response_schema
 from pagedllm_core.chat.tools import tool_choice as parse_tool_choice
 
 if TYPE_CHECKING:
@@ -47,10 +42,9 @@ _CHAT_ARGUMENTS = IGNORED_PER_CALL | {
     "tools", "tool_choice", "chat_template", "chat_template_kwargs", "response_format", "stop_sequences",
     "max_new_tokens", "strict", "parallel_tool_calls", "tool_parser", "reasoning_parser", "reasoning",
 }  # fmt: skip
-_MAX_THREADS = 512
 
 
-class ChatPagedLLM(PagedModel, BaseChatModel):
+class ChatPagedLLM(AllAtOnce, PagedModel, BaseChatModel):
     """A chat model on a paged engine inside this process.
 
     Making one is cheap: the engine is built at the first call and shared by everyone who names the same configuration.
@@ -72,6 +66,13 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         return self._identity()
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        # What a cache knows a call by: a class by its schema, and an engine that was given, which no dump holds.
+        if is_class(kwargs.get("response_format")):
+            kwargs["response_format"] = class_schema(kwargs["response_format"])
+        told = super()._get_llm_string(stop=stop, **kwargs)
+        return told if self.engine is None else f"{told}---{self._engine_identity()}"
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
@@ -197,73 +198,13 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[AIMessageChunk]:
         """Answer bit by bit; closing the iterator frees the memory."""
-        return super().stream(input, config, **_named_share(config), **kwargs)
+        return super().stream(input, config, **{**_named_share(config), **kwargs})
 
     def astream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[AIMessageChunk]:
         """Answer bit by bit; closing the iterator or cancelling its reader frees the memory."""
-        return super().astream(input, config, **_named_share(config), **kwargs)
-
-    # Many calls from a thread: all at once, where LangChain's own would send as many as there are CPUs, or one.
-
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """Answer all inputs in one shared batch; `max_concurrency` in the configuration limits it."""
-        configs = configs_of_one_share(config, len(inputs), min(len(inputs), _MAX_THREADS))
-        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
-
-    def batch_as_completed(  # type: ignore[override]  # the base has one overload for each value of return_exceptions
-        self,
-        inputs: Sequence[LanguageModelInput],
-        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> Iterator[tuple[int, AIMessage | Exception]]:
-        """Answer all inputs in one shared batch, each as soon as it is ready."""
-        configs = configs_of_one_share(config, len(inputs), min(len(inputs), _MAX_THREADS))
-        return super().batch_as_completed(inputs, configs, return_exceptions=return_exceptions, **kwargs)  # type: ignore[call-overload, no-any-return]
-
-    async def abatch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any | None,
-    ) -> list[AIMessage]:
-        """Answer all inputs in one shared batch; `max_concurrency` in the configuration limits it."""
-        configs = configs_of_one_share(config, len(inputs))
-        return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
-
-    async def abatch_as_completed(  # type: ignore[override]  # the base has one overload for each value of return_exceptions
-        self,
-        inputs: Sequence[LanguageModelInput],
-        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> AsyncIterator[tuple[int, AIMessage | Exception]]:
-        """Answer all inputs in one shared batch, each as soon as it is ready."""
-        configs = configs_of_one_share(config, len(inputs))
-        limit = configs[0].get("max_concurrency") if configs else None
-
-        def answer(number: int) -> Coroutine[Any, Any, AIMessage]:
-            return self.ainvoke(inputs[number], configs[number], **kwargs)
-
-        answers = each_as_completed(answer, len(inputs), limit, return_exceptions)
-        try:
-            async for one in answers:
-                yield one
-        finally:
-            await answers.aclose()
+        return super().astream(input, config, **{**_named_share(config), **kwargs})
 
     def generate(
         self,
@@ -278,7 +219,7 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
         kwargs["metadata"] = with_one_share(kwargs.get("metadata"))
         # A thread for each: every conversation has a run of its own, so callbacks and caches work as for one.
         one, rest = super().generate, {**kwargs, "run_id": None}
-        with ThreadPoolExecutor(min(len(messages), _MAX_THREADS)) as pool:
+        with ThreadPoolExecutor(min(len(messages), MAX_THREADS)) as pool:
             futures = []
             for number, conversation in enumerate(messages):
                 run = functools.partial(one, [conversation], stop, callbacks, **(rest if number else kwargs))
@@ -377,16 +318,10 @@ class ChatPagedLLM(PagedModel, BaseChatModel):
 
     # Counting.
 
-    def get_token_ids(self, text: str) -> list[int]:
-        """The model's own token ids of a text."""
-        return self._token_ids(text)
-
-    def get_num_tokens(self, text: str) -> int:
-        """The number of the model's own tokens in a text."""
-        return len(self.get_token_ids(text))
-
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """The number of tokens these messages cost as a prompt, through the chat template."""
+        if not messages:
+            return 0
         with as_langchain_errors():
             call = self._call(messages, None, {"tools": tools} if tools else {})
             return len(call.tokenize(self._source().get())["prompt_token_ids"])

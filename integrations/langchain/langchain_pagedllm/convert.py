@@ -35,7 +35,11 @@ PROVIDER = "pagedllm"
 _FIRST_TOOL_INDEX = 64
 _FIRST_INVALID_INDEX = 1 << 20
 _TEXT_BLOCKS = {"text", "input_text", "output_text", "text-plain"}
-_SILENT_BLOCKS = {"reasoning", "thinking", "redacted_thinking", "tool_call", "tool_use", "tool_call_chunk"}
+_CALL_BLOCKS = {"tool_use": "input", "tool_call": "args"}  # where their arguments are
+_SILENT_BLOCKS = {
+    "reasoning", "thinking", "redacted_thinking", "tool_call_chunk", "invalid_tool_call", "function_call",
+    *_CALL_BLOCKS,
+}  # fmt: skip
 
 
 def to_template_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
@@ -73,11 +77,12 @@ def _convert_message(message: BaseMessage) -> list[dict[str, Any]]:
 
 def _assistant(message: AIMessage) -> dict[str, Any]:
     converted: dict[str, Any] = {"role": "assistant", "content": _text(message.content, separator="")}
-    calls = [(call["id"], call["name"], call["args"]) for call in message.tool_calls]
+    calls: list[tuple[Any, Any, Any]] = [(call["id"], call["name"], call["args"]) for call in message.tool_calls]
+    calls += [(call["id"], call["name"], call["args"]) for call in message.invalid_tool_calls if call["name"]]
     known = {identity for identity, _, _ in calls}
     for block in message.content if isinstance(message.content, list) else []:
-        if isinstance(block, dict) and block.get("type") == "tool_use" and block.get("id") not in known:
-            calls.append((block.get("id"), block["name"], block.get("input") or {}))
+        if isinstance(block, dict) and block.get("type") in _CALL_BLOCKS and block.get("id") not in known:
+            calls.append((block.get("id"), block["name"], block.get(_CALL_BLOCKS[block["type"]]) or {}))
     if calls:
         converted["tool_calls"] = [
             {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -104,8 +109,10 @@ def _text(content: str | list[Any], separator: str = "\n") -> str:
     texts = []
     for block in content:
         kind = "text" if isinstance(block, str) else str(block.get("type", "text" if "text" in block else "?"))
-        if kind in _TEXT_BLOCKS:
+        if kind in _TEXT_BLOCKS and (isinstance(block, str) or kind != "text-plain" or block.get("text") is not None):
             texts.append(block if isinstance(block, str) else str(block.get("text") or ""))
+        elif kind == "refusal":
+            texts.append(str(block.get("refusal") or ""))
         elif kind == "json":
             texts.append(json.dumps(block.get("json"), ensure_ascii=False))
         elif kind not in _SILENT_BLOCKS and kind != "tool_result":

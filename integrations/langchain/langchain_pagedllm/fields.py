@@ -8,6 +8,7 @@ from typing import Any
 from langchain_core.utils import secret_from_env
 from pydantic import Field, SecretStr
 
+from langchain_pagedllm.errors import as_langchain_errors
 from pagedllm_core.chat.adapter import Call
 from pagedllm_core.chat.fields import AdapterFields
 from pagedllm_core.errors import InvalidRequestError
@@ -42,6 +43,15 @@ class PagedModel(AdapterFields):
 
     def _hub_token(self) -> str | None:
         return None if self.hf_token is None else self.hf_token.get_secret_value()
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The model's own token ids of a text."""
+        with as_langchain_errors():
+            return self._token_ids(text)
+
+    def get_num_tokens(self, text: str) -> int:
+        """The number of the model's own tokens in a text."""
+        return len(self.get_token_ids(text))
 
     def _call_params(self, stop: list[str] | None, given: Mapping[str, Any]) -> SamplingParams:
         given = self._by_own_names(given)

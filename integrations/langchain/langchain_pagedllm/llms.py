@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.runnables import RunnableConfig
 
+from langchain_pagedllm.batching import AllAtOnce
 from langchain_pagedllm.convert import end_metadata, logprobs_content
 from langchain_pagedllm.errors import as_langchain_errors
 from langchain_pagedllm.fields import IGNORED_PER_CALL, PagedModel, check_streamable
 from langchain_pagedllm.sharing import share_key
 from pagedllm_core.chat.adapter import Call, wait, watched
+from pagedllm_core.chat.fields import SAMPLING_FIELDS
 from pagedllm_core.outputs import CompletionOutput, RequestOutput
 
 
-class PagedLLM(PagedModel, BaseLLM):
+class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
     """Raw completion on a paged engine inside this process; fields and engine are those of `ChatPagedLLM`."""
 
     @property
@@ -32,6 +37,62 @@ class PagedLLM(PagedModel, BaseLLM):
     def get_lc_namespace(cls) -> list[str]:
         """Where dumps say this class lives."""
         return ["langchain_pagedllm", "llms"]
+
+    # One bad prompt would be the error of all that come in one call.
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Complete all inputs in one shared batch; `max_concurrency` in the configuration limits it."""
+        door = super().batch if return_exceptions else functools.partial(BaseLLM.batch, self)
+        return door(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Complete all inputs in one shared batch; `max_concurrency` in the configuration limits it."""
+        door = super().abatch if return_exceptions else functools.partial(BaseLLM.abatch, self)
+        return await door(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    # LangChain's cache knows a call of this class by the fields alone, so what one call gives becomes fields.
+
+    def generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Complete all prompts in one shared batch."""
+        model, rest = self._with(kwargs)
+        return BaseLLM.generate(model, prompts, stop, callbacks, **rest)
+
+    async def agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Complete all prompts in one shared batch."""
+        model, rest = self._with(kwargs)
+        return await BaseLLM.agenerate(model, prompts, stop, callbacks, **rest)
+
+    def _with(self, given: dict[str, Any]) -> tuple[PagedLLM, dict[str, Any]]:
+        """This model with the fields that one call gives, and what else that gives."""
+        given = self._by_own_names(given)
+        fields = {name: given.pop(name) for name in (*SAMPLING_FIELDS, "logprobs", "top_logprobs") if name in given}
+        return (self.model_copy(update=fields) if fields else self), given
 
     def _generate(
         self,
@@ -146,11 +207,3 @@ class PagedLLM(PagedModel, BaseLLM):
         if completion.logprobs is not None:
             info["logprobs"] = logprobs_content(completion)
         return info or None
-
-    def get_token_ids(self, text: str) -> list[int]:
-        """The model's own token ids of a text."""
-        return self._token_ids(text)
-
-    def get_num_tokens(self, text: str) -> int:
-        """The number of the model's own tokens in a text."""
-        return len(self.get_token_ids(text))

@@ -15,6 +15,7 @@ from langchain_core.output_parsers import (
     PydanticToolsParser,
 )
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 
 from pagedllm_core.chat.schemas import class_schema, is_class, without_sets
@@ -63,7 +64,7 @@ def as_tools(tools: Any, strict: bool | None = None) -> list[dict[str, Any]]:
 
 
 def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
-    """A tool in OpenAI's form; a class keeps its whole schema."""
+    """A tool in OpenAI's form, with its whole schema: core's conversion has no recursion."""
     try:
         converted = convert_to_openai_tool(tool, strict=strict)
     except (TypeError, ValueError, AttributeError) as error:
@@ -71,8 +72,9 @@ def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
         raise InvalidRequestError(f"tools: {tool!r:.80} does not describe a tool ({reason})") from error
     if not isinstance(tool, Mapping):  # Python makes a set of what it reads
         converted = without_sets(converted)
-    if is_class(tool):
-        schema = _json_schema(tool)
+    described = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
+    if is_class(described) or described is not tool:
+        schema = _json_schema(described)
         if "$defs" in schema or "definitions" in schema:
             parameters = {key: value for key, value in schema.items() if key not in ("title", "description")}
             converted["function"]["parameters"] = parameters

@@ -11,10 +11,11 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.load import dumps, load
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
 from langchain_core.runnables import ConfigurableField
 from langchain_core.tools import tool
 from langchain_pagedllm import ChatPagedLLM, PagedLLM
+from langchain_pagedllm.convert import to_template_messages
 from pydantic import ValidationError
 
 from pagedllm_core import AsyncEngine, EngineConfig, get_engine, list_engines, registry, shutdown
@@ -194,6 +195,36 @@ def test_counting_tokens(chat):
     counted = chat.get_num_tokens_from_messages(messages, tools=[add])
     assert counted > chat.get_num_tokens_from_messages(messages)
     assert counted == chat.bind_tools([add]).invoke(messages).usage_metadata["input_tokens"]
+
+
+def test_no_messages_cost_nothing(chat):
+    assert chat.get_num_tokens_from_messages([]) == 0
+    history = [HumanMessage("a long question " * 20), AIMessage("and an answer")]
+    assert trim_messages(history, max_tokens=5, token_counter=chat, strategy="last", allow_partial=True) == []
+
+
+def test_histories_of_other_models(chat):
+    """An agent falls back to this model in the middle of a conversation."""
+    args = {"a": 1, "b": 2}
+    told = [{"type": "function_call", "name": "add", "arguments": "{}", "call_id": "1"}]
+    histories = [
+        AIMessage(told, tool_calls=[{"name": "add", "args": args, "id": "1"}]),
+        AIMessage([{"type": "tool_call", "name": "add", "args": args, "id": "1"}]),
+        AIMessage([{"type": "tool_use", "name": "add", "input": args, "id": "1"}]),
+    ]
+    counts = {
+        chat.get_num_tokens_from_messages([HumanMessage("Add"), message, ToolMessage("3", tool_call_id="1")])
+        for message in histories
+    }
+    assert len(counts) == 1
+    refused = AIMessage([{"type": "refusal", "refusal": "I will not."}])
+    assert chat.get_num_tokens_from_messages([HumanMessage("Add"), refused]) == chat.get_num_tokens_from_messages(
+        [HumanMessage("Add"), AIMessage("I will not.")]
+    )
+    broken = AIMessage("", invalid_tool_calls=[{"name": "add", "args": '{"a": ', "id": "1", "error": None}])
+    assert '{"a": ' in str(to_template_messages([broken])[0]["tool_calls"])
+    with pytest.raises(InvalidRequestError, match="text-plain"):
+        chat.invoke([HumanMessage([{"type": "text-plain", "url": "https://example.invalid/a.txt"}])])
 
 
 def test_caches_tell_parameters_apart():

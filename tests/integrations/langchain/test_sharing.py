@@ -85,7 +85,8 @@ async def test_a_key_that_is_given_wins(keys: list[str | None]) -> None:
     await asyncio.to_thread(chain.batch, [{"text": "a"}, {"text": "b"}], {"configurable": {"thread_id": "t-7"}})
     assert [part async for part in chat.astream("a", {"metadata": {"thread_id": 5}})]
     chat.invoke("a", share_key="of the call")
-    assert keys == ["mine", "t-7", "mine", "mine", "mine", "t-7", "t-7", "5", "of the call"]
+    list(chat.bind(share_key="of the call").stream("a", {"configurable": {"thread_id": "1"}}))
+    assert keys == ["mine", "t-7", "mine", "mine", "mine", "t-7", "t-7", "5", "of the call", "of the call"]
 
 
 async def test_else_the_parent_run(keys: list[str | None]) -> None:
