@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.engine import Engine
 from pagedllm_core.errors import EngineClosedError
-from pagedllm_core.intake import Prompt
+from pagedllm_core.intake import Prompt, checked_id
 from pagedllm_core.metrics import EngineStats
 from pagedllm_core.model.interface import Runner
 from pagedllm_core.outputs import RequestOutput
@@ -158,9 +158,9 @@ class AsyncEngine:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
     ) -> RequestHandle:
         """`submit` for event loops: tokenizes on the engine's intake thread."""
-        request_id = options.get("request_id")
-        if request_id is None:
+        if options.get("request_id") is None:
             return self.enqueue(await self.run_in_intake(self.prepare, prompt, sampling_params, **options))
+        request_id = checked_id(options["request_id"])
         self._tokenizing.setdefault(request_id, False)
         try:
             handle = self.enqueue(await self.run_in_intake(self.prepare, prompt, sampling_params, **options))
@@ -237,7 +237,7 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """End a request now, from any thread; whoever waits gets what it has, with `finish_reason="abort"`."""
-        if request_id in self._tokenizing:
+        if checked_id(request_id) in self._tokenizing:
             self._tokenizing[request_id] = True
         self._worker.abort(request_id)
 

@@ -22,7 +22,7 @@ class ContextLengthError(InvalidRequestError):
     """The prompt is longer than the model's context, or leaves too little of it.
 
     Args:
-        prompt_length: Number of tokens in the prompt.
+        prompt_length: Number of tokens in the prompt; of one many times too long, in its beginning.
         limit: The engine's `max_model_len` in tokens.
         needed: The fewest tokens that an output takes which `guided` allows; 0 without it.
     """

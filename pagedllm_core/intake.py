@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
@@ -25,6 +24,9 @@ from pagedllm_core.kv.hashing import root_hash
 from pagedllm_core.model.interface import Runner
 from pagedllm_core.params import GREEDY_COPIES, Sampling, SamplingParams
 from pagedllm_core.request import Request, Sequence
+
+_CHARACTERS_OF_A_TOKEN = 4  # about
+_LONGEST_TIMEOUT = 1e9  # seconds
 
 Prompt: TypeAlias = str | list[int] | Mapping[str, Any]
 
@@ -75,7 +77,7 @@ class Intake:
             CapacityError: The prompt can never fit the KV pool.
         """
         arrival_time = self._clock()
-        params = _checked_params(params)
+        params = checked_params(params)
         text, token_ids = self._tokens(prompt)
         self._check_params(params)
         self._check_prompt(token_ids, params)
@@ -87,7 +89,7 @@ class Intake:
         rules = self._rules(params, sampling)
         private = None if self._config.enable_prefix_caching else f"request {number}"
         return Request(
-            request_id=_checked_id(request_id),
+            request_id=checked_id(request_id),
             prompt=text,
             prompt_token_ids=token_ids,
             params=params,
@@ -160,6 +162,7 @@ class Intake:
                 "prompt: the model has no tokenizer, so text cannot be read; give prompt_token_ids, or set tokenizer="
             )
         check_unicode("prompt", text)
+        refuse_endless(text, tokenizer, self._runner.max_model_len)
         ids: list[int] = tokenizer(text)["input_ids"]
         return ids
 
@@ -233,7 +236,25 @@ class Intake:
         )
 
 
-def _checked_params(params: SamplingParams | None) -> SamplingParams:
+def refuse_endless(text: str, tokenizer: Any, limit: int) -> None:
+    """Refuse, by its beginning, a text of many times the context; to tokenize all of it would keep others waiting.
+
+    Raises:
+        ContextLengthError: Its beginning has more than twice `limit` tokens.
+    """
+    size, found = _CHARACTERS_OF_A_TOKEN * limit, 0
+    for begin in range(0, len(text) if len(text) > 4 * size else 0, size):
+        found += len(tokenizer(text[begin : begin + size], add_special_tokens=False)["input_ids"])
+        if found > 2 * limit:
+            raise ContextLengthError(found, limit)
+
+
+def checked_params(params: SamplingParams | None) -> SamplingParams:
+    """The given parameters, or vLLM's defaults for None.
+
+    Raises:
+        InvalidRequestError: They are something else.
+    """
     if params is None:
         return SamplingParams()
     if not isinstance(params, SamplingParams):
@@ -250,7 +271,12 @@ def _checked_ids(value: Any) -> list[int]:
     return list(value)
 
 
-def _checked_id(request_id: str | None) -> str:
+def checked_id(request_id: str | None) -> str:
+    """A request's id; a new one where None was given.
+
+    Raises:
+        InvalidRequestError: It is no text.
+    """
     if request_id is None:
         return uuid.uuid4().hex
     if not isinstance(request_id, str) or not request_id:
@@ -271,8 +297,10 @@ def _checked_share_key(share_key: str | None) -> str | None:
 
 
 def _checked_timeout(timeout: float) -> float:
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not math.isfinite(timeout) or timeout <= 0:
-        raise InvalidRequestError(f"timeout={timeout!r}: must be a positive number of seconds, or None")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST_TIMEOUT:
+        raise InvalidRequestError(
+            f"timeout={timeout!r:.80}: must be a positive number of seconds, or None for no limit"
+        )
     return float(timeout)
 
 

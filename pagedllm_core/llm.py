@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pagedllm_core.async_engine import AsyncEngine
 from pagedllm_core.errors import InvalidRequestError
-from pagedllm_core.intake import Prompt
+from pagedllm_core.intake import Prompt, checked_params
 from pagedllm_core.metrics import EngineStats
 from pagedllm_core.outputs import RequestOutput
 from pagedllm_core.params import SamplingParams
@@ -96,7 +96,7 @@ class LLM:
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),
             )
-            prompts.append({"prompt": text, "prompt_token_ids": template.encode(text)})
+            prompts.append({"prompt": text, "prompt_token_ids": template.encode(text, self.engine.max_model_len)})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
@@ -104,11 +104,21 @@ class LLM:
         yield from self.engine.submit(prompt, sampling_params)
 
     def beam_search(
-        self, prompts: Prompt | list[Prompt], sampling_params: SamplingParams | None = None, *, use_tqdm: bool = True
+        self,
+        prompts: Prompt | list[Prompt],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """`generate` with `use_beam_search=True`: the best `n` sequences of each prompt, best first."""
-        given = {} if sampling_params is None else sampling_params.model_dump(exclude_unset=True)
-        return self.generate(prompts, SamplingParams(**{**given, "use_beam_search": True}), use_tqdm=use_tqdm)
+
+        def searching(params: SamplingParams | None) -> SamplingParams:
+            given = checked_params(params).model_dump(exclude_unset=True)
+            return SamplingParams(**{**given, "use_beam_search": True})
+
+        given = sampling_params
+        params = [searching(one) for one in given] if isinstance(given, list) else searching(given)
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
 
     def stats(self) -> EngineStats:
         """Counters of the engine and its KV pool."""

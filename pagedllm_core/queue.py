@@ -53,8 +53,11 @@ class WaitingQueue:
         Raises:
             ValueError: It is not waiting.
         """
-        index = bisect.bisect_left(self._requests, self.order(request), key=self.order)
-        if index == len(self._requests) or self._requests[index] is not request:
+        order = self.order(request)
+        index = bisect.bisect_left(self._requests, order, key=self.order)
+        while index < len(self._requests) and self._requests[index] is not request:
+            index += 1 if self.order(self._requests[index]) == order else len(self._requests)  # some may be equal
+        if index >= len(self._requests):
             raise ValueError(f"request {request.request_id!r} is not waiting")
         del self._requests[index]
 

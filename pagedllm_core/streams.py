@@ -61,7 +61,7 @@ class Mailbox:
         self._read = 0
         self._error: PagedLLMError | None = None
         self._waiters: list[Waiter] = []
-        self._last: Waiter | None = None  # who waits on an event loop (the last to come)
+        self._readers: list[Waiter] = []  # who waits on event loops
         self._threads = 0  # threads that wait
         self._callbacks: list[Callable[[], None]] = []
         self.finished = False
@@ -117,18 +117,20 @@ class Mailbox:
                 if self._has_news(whole):
                     return
                 future: asyncio.Future[None] = loop.create_future()
-                self._last = (loop, future)
-                self._waiters.append(self._last)
+                reader = (loop, future)
+                self._waiters.append(reader)
+                self._readers.append(reader)
             try:
                 await future
             finally:  # reached however the wait ends, but not when the loop is closed under it
-                self._last = None
+                with self._condition:
+                    self._readers.remove(reader)
 
     @property
     def abandoned(self) -> bool:
-        """True where whoever waits does so on an event loop that was closed without cancelling it."""
-        last = self._last
-        return last is not None and not self._threads and last[0].is_closed()
+        """True where all who wait do so on event loops that were closed without cancelling them."""
+        with self._condition:
+            return bool(self._readers) and not self._threads and all(loop.is_closed() for loop, _ in self._readers)
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the engine's thread at the end, or at once if that has been."""
@@ -146,7 +148,7 @@ def _call(callback: Callable[[], None]) -> None:
     """Call it; what it raises is its owner's, as with `concurrent.futures`."""
     try:
         callback()
-    except Exception:
+    except BaseException:  # it runs on the thread that everybody shares
         logger.exception("a done callback raised")
 
 
@@ -223,10 +225,9 @@ class RequestHandle:
             while True:
                 self.mailbox.wait(whole=False)
                 output = self.mailbox.take()
-                if output is None:
-                    return
-                yield output
-                if output.finished:
+                if output is not None:
+                    yield output
+                if self.finished if output is None else output.finished:  # without one, another reader was first
                     return
         finally:
             if not self.finished:
@@ -239,10 +240,9 @@ class RequestHandle:
             while True:
                 await self.mailbox.wait_async(whole=False)
                 output = self.mailbox.take()
-                if output is None:
-                    return
-                yield output
-                if output.finished:
+                if output is not None:
+                    yield output
+                if self.finished if output is None else output.finished:  # without one, another reader was first
                     return
         finally:
             if not self.finished:

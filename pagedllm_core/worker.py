@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
+
+import torch
 
 from pagedllm_core.engine import Engine
 from pagedllm_core.errors import EngineClosedError, InvalidRequestError, PagedLLMError, RequestFailedError
@@ -37,6 +40,7 @@ class EngineWorker:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()  # reentrant: finalizers put into it
         self._mailboxes: dict[str, Mailbox] = {}
         self._pid = os.getpid()
+        _limit_forks()
         self._stopping = self._left = False
         self.keep_alive: float | None = None  # seconds that it stays without work; None: for ever
         self._holds = 0  # callers who are about to submit something
@@ -52,8 +56,8 @@ class EngineWorker:
 
     @property
     def idle(self) -> bool:
-        """True where no request is unfinished."""
-        return not self._mailboxes
+        """True where no request is unfinished, and nobody is about to submit one."""
+        return not self._mailboxes and not self._holds
 
     def touch(self) -> bool:
         """Note that somebody is about to use the engine; False where it has just left."""
@@ -104,7 +108,7 @@ class EngineWorker:
     def check_process(self) -> None:
         """Raise where this process is a fork of the one that made the engine: its thread is not here."""
         if self._pid != os.getpid():
-            raise EngineClosedError("the engine belongs to the parent process; make a new one after os.fork()")
+            raise EngineClosedError("the engine belongs to the parent process; make a new one in this process (or start it with "spawn" or "forkserver")")
 
     def abort(self, request_id: str) -> None:
         """End the request that has this id before the next step."""
@@ -173,7 +177,7 @@ class EngineWorker:
     def _leave_if_idle(self) -> None:
         with self._idle_lock:
             waited = time.monotonic() - self.last_used
-            unused = self.idle and not self._holds and self._inbox.empty()
+            unused = self.idle and self._inbox.empty()
             if self.keep_alive is not None and waited >= self.keep_alive and unused:
                 self._left = self._stopping = True
 
@@ -228,6 +232,12 @@ class EngineWorker:
                 waiters.extend(mailbox.put(output))
         if waiters:
             wake(waiters)
+
+
+@functools.cache
+def _limit_forks() -> None:
+    """In a child of a fork, torch's threads do not exist and are waited for all the same; it works with one."""
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def _failed_output(request_id: str, error: PagedLLMError) -> RequestOutput:

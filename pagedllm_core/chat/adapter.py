@@ -189,27 +189,32 @@ class Call:
     timeout: float | None = None
     share_key: str | None = None
 
-    def tokenize(self, engine: AsyncEngine) -> dict[str, Any]:
+    def tokenize(self, engine: AsyncEngine, limit: int | None = None) -> dict[str, Any]:
         """The prompt as the engine takes it: text and token ids.
+
+        Args:
+            engine: Whose tokenizer and template are used.
+            limit: The context in tokens, where a conversation of many times that is to be refused by its beginning.
 
         Raises:
             InvalidRequestError: The chat template refuses the conversation.
+            ContextLengthError: See `limit`.
         """
         from pagedllm_core.chat.template import ChatTemplate
 
         if self.prompt is not None:
             start = getattr(engine.tokenizer, "bos_token", None)
             if start and self.prompt.startswith(start):  # the tokenizer would put a second one in front
-                ids = ChatTemplate(engine.tokenizer).encode(self.prompt)
+                ids = ChatTemplate(engine.tokenizer).encode(self.prompt, limit)
                 return {"prompt": self.prompt, "prompt_token_ids": ids}
             return {"prompt": self.prompt}
         template = ChatTemplate(engine.tokenizer, self.chat_template)
         tools = self.tools if self.choice.mode != "none" else ()
         messages = self.messages
-        if tools and "tools" not in template.source(tools):
+        if tools and not template.shows_tools(tools):
             messages, tools = with_listed_tools(messages, tools, self._tool_format(engine)), ()
         text = template.render(messages, tools=tools, simplify=True, **self.template_kwargs)
-        return {"prompt": text, "prompt_token_ids": template.encode(text)}
+        return {"prompt": text, "prompt_token_ids": template.encode(text, limit)}
 
     def submit(self, engine: AsyncEngine, *, stream: bool) -> Submission:
         """Queue it, from any thread.
@@ -254,7 +259,7 @@ class Call:
                 handle.cancel()
 
     def _prepare(self, engine: AsyncEngine, stream: bool) -> tuple[Request, ReplyStyle]:
-        prompt = self.tokenize(engine)
+        prompt = self.tokenize(engine, engine.max_model_len)
         params, style = self.params, ReplyStyle()
         if self.prompt is None:
             params, style = self._held(engine, str(prompt["prompt"]))

@@ -21,21 +21,52 @@ def template_role(role: str) -> str:
     return _ROLES.get(role, role)
 
 
-def simpler_forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[Message]]:
+def simpler_forms(messages: Sequence[Mapping[str, Any]], knows_tools: bool = True) -> Iterator[list[Message]]:
     """Forms of a conversation for a template that refused it, the least changed first.
 
     First, the ids of calls become nine letters and digits, as Mistral's templates demand; then a system message after
-    the start becomes a user's, and neighbours of the same role become one turn; then the first system message is put
-    in front of the user's first turn as well.
+    the start becomes a user's, and neighbours of the same role become one turn; then calls of one turn become turns of
+    their own, each with its result, as Llama 3's demand; then, for a template that does not know tools, calls and
+    results become text. With each of the last three, the first system message is put in front of the user's first turn
+    as well.
     """
     short = [_with_short_ids(message) for message in messages]
-    if short != [dict(message) for message in messages]:
-        yield short
     merged = _merge_neighbours(_fold_late_system(short))
-    if merged != short:
-        yield merged
-    if len(merged) > 1 and merged[0]["role"] == "system":
-        yield _merge_neighbours([{**merged[0], "role": "user"}, *merged[1:]])
+    forms = [merged, _one_call_a_turn(merged)]
+    if not knows_tools:
+        forms.append(_merge_neighbours([_as_text(message) for message in merged]))
+    seen = [[dict(message) for message in messages]]
+    for form in (short, *(two for one in forms for two in (one, _no_system(one)))):
+        if form not in seen:
+            seen.append(form)
+            yield form
+
+
+def _no_system(messages: list[Message]) -> list[Message]:
+    """With the first system message in front of the user's first turn."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    return _merge_neighbours([{**messages[0], "role": "user"}, *messages[1:]])
+
+
+def _one_call_a_turn(messages: Sequence[Message]) -> list[Message]:
+    """Turns with several calls as turns with one each, followed by its result."""
+    turns: list[Message] = []
+    waiting: list[Message] = []  # turns of further calls, until the results before them have come
+    for message in messages:
+        if message["role"] == "tool" and waiting:
+            known = [turn["tool_calls"][0].get("id") for turn in waiting]
+            place = known.index(message["tool_call_id"]) if message.get("tool_call_id") in known else 0
+            turns += [waiting.pop(place), message]
+            continue
+        turns += waiting
+        waiting = []
+        calls = message.get("tool_calls") or ()
+        if len(calls) < 2:
+            turns.append(message)
+            continue
+        waiting = [{**message, "tool_calls": [call], **({"content": ""} if i else {})} for i, call in enumerate(calls)]
+    return turns + waiting
 
 
 def _with_short_ids(message: Mapping[str, Any]) -> Message:

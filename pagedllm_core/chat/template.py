@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import jinja2
 from pagedllm_core.chat.messages import Message, simpler_forms
 from pagedllm_core.chat.sandbox import compile_template, render_bounded
 from pagedllm_core.errors import InvalidRequestError, check_unicode
+from pagedllm_core.intake import refuse_endless
 
 # Put behind the text that is to be continued, and cut off after rendering. The last space shows whether the template
 # trims its messages.
@@ -97,13 +99,24 @@ class ChatTemplate:
         text = self._render(self.source(tools), conversation, variables, simplify)
         return _cut_at_mark(text) if continue_final_message else text
 
-    def encode(self, text: str) -> list[int]:
+    def shows_tools(self, tools: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the template puts tools that it is given into the prompt; some look for them elsewhere."""
+        return _shows_tools(self.source(tools))
+
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
         """Token ids of a rendered text. Templates write the start token themselves, so none is added.
+
+        Args:
+            text: What was rendered.
+            limit: The context in tokens, where a text of many times that is to be refused by its beginning.
 
         Raises:
             InvalidRequestError: The text is not valid Unicode.
+            ContextLengthError: See `limit`.
         """
         check_unicode("messages", text)
+        if limit is not None:
+            refuse_endless(text, self._tokenizer, limit)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -127,12 +140,22 @@ class ChatTemplate:
         try:
             return _rendered(source, messages, variables)
         except InvalidRequestError as refusal:
-            for simpler in simpler_forms(messages) if simplify else ():
+            for simpler in simpler_forms(messages, "tool" in source) if simplify else ():
                 try:
                     return _rendered(source, simpler, variables)
                 except InvalidRequestError:
                     continue
             raise refusal
+
+
+@functools.lru_cache(maxsize=64)
+def _shows_tools(source: str) -> bool:
+    tool = {"type": "function", "function": {"name": "probed_tool", "description": "", "parameters": {}}}
+    try:
+        text = _rendered(source, [{"role": "user", "content": "Hi"}], {"tools": [tool], "add_generation_prompt": True})
+    except InvalidRequestError:  # it may want more than that; what it makes of the conversation itself will show
+        return "tools" in source
+    return "probed_tool" in text
 
 
 def _rendered(source: str, messages: list[Message], variables: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ Everything here is a function of scores; sequences, blocks and text are the call
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, TypeVar
@@ -57,7 +59,11 @@ class BeamRule:
 
     def finished_score(self, score: float, length: int) -> float:
         """The score of a hypothesis that ends after `length` generated tokens, the end token included."""
-        return score / float(length**self.length_penalty)
+        try:
+            scale = float(length**self.length_penalty)
+        except OverflowError:
+            return score / math.inf
+        return score / max(scale, sys.float_info.min)
 
 
 @dataclass

@@ -329,9 +329,10 @@ def test_a_late_cancel_or_a_dropped_handle_spares_the_next_request_of_the_same_i
     assert handle.result().outputs[0].token_ids == expected_greedy([1, 2], 8, VOCAB)
 
 
-def test_a_done_callback_that_raises_hurts_nobody(engine: AsyncEngine) -> None:
+@pytest.mark.parametrize("error", [ValueError("oops"), SystemExit(3)])
+def test_a_done_callback_that_raises_hurts_nobody(engine: AsyncEngine, error: BaseException) -> None:
     def broken() -> None:
-        raise ValueError("oops")
+        raise error
 
     handles = [engine.submit([number], SamplingParams(max_tokens=8)) for number in range(2)]
     handles[0].add_done_callback(broken)
@@ -422,6 +423,31 @@ def _in_child(engine: AsyncEngine, answer: Any) -> None:
         answer.put("submitted")
     except EngineClosedError as error:
         answer.put(str(error))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_may_load_its_own() -> None:
+    """Of torch's threads, for which its next product would wait, a child has none."""
+    code = """
+import multiprocessing, torch
+torch.set_num_threads(2)
+from pagedllm_core import LLM, SamplingParams
+def run():
+    with LLM(model="tiny", kv_cache_memory="8MiB") as llm:
+        return llm.generate("Hi", SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)[0].outputs[0].token_ids
+def child(answer):
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    answer.put(run())
+if __name__ == "__main__":
+    mine = run()
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    process = context.Process(target=child, args=(answer,), daemon=True)
+    process.start()
+    assert answer.get(timeout=60) == mine
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -519,3 +545,64 @@ def test_idle_engines_make_room_the_least_recently_used_first(monkeypatch: pytes
         get_engine(EngineConfig(model="large", block_size=4, seed=1))
     for engine in (first, large):
         engine.close()
+
+
+async def test_wrong_ids_of_requests(engine: AsyncEngine) -> None:
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        await engine.generate([1], SamplingParams(max_tokens=2), request_id=[1])  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        engine.abort([1])  # type: ignore[arg-type]
+    assert (await engine.generate([1], SamplingParams(max_tokens=2))).finished
+
+
+def test_an_engine_that_is_held_makes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make() as engine:
+        monkeypatch.setattr(registry, "_engines", {engine.config: engine})
+        with engine.held():
+            assert not registry._evict_idle()
+        assert registry._evict_idle()
+        assert engine.closed
+
+
+@pytest.mark.parametrize("read", [list, lambda handle: asyncio.run(_all(handle))])
+def test_a_reader_that_comes_second_ends_nothing(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two readers of one handle, both wake up, and one finds nothing."""
+    runner = FakeRunner(num_blocks=512)
+    gate = Gate(runner)
+    with make(runner) as engine:
+        handle = engine.submit([1, 2], SamplingParams(max_tokens=30))
+        take = handle.mailbox.take
+
+        def first_look() -> None:
+            monkeypatch.setattr(handle.mailbox, "take", take)
+            gate.release()
+
+        monkeypatch.setattr(handle.mailbox, "take", first_look)
+        gate.step(3)
+        found = [token for output in read(handle) for token in output.outputs[0].token_ids]
+        assert found == expected_greedy([1, 2], 30, VOCAB)
+
+
+async def _all(handle: Any) -> list[Any]:
+    return [output async for output in handle]
+
+
+def test_a_loop_that_was_closed_leaves_the_other_reader() -> None:
+    runner = FakeRunner(num_blocks=512)
+    gate = Gate(runner)
+    with make(runner) as engine:
+        handle = engine.submit([1, 2], SamplingParams(max_tokens=9), stream=False)
+        outputs: list[Any] = []
+        reader = threading.Thread(target=lambda: outputs.append(asyncio.run(handle.aresult())))
+        reader.start()
+        closed = asyncio.new_event_loop()
+        task = closed.create_task(handle.aresult())
+        while not handle.mailbox._waiters:
+            gate.step()
+        closed.call_soon(closed.stop)
+        closed.run_forever()
+        closed.close()
+        gate.release()
+        reader.join()
+        assert outputs[0].outputs[0].finish_reason == "length"
+        task._log_destroy_pending = False  # type: ignore[attr-defined]

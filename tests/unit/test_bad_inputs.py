@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from pagedllm_core import LLM
+from pagedllm_core.chat.template import ChatTemplate
 from pagedllm_core.config import EngineConfig, parse_bytes
+from pagedllm_core.decode.beam import BeamRule
 from pagedllm_core.errors import CapacityError, ContextLengthError, InvalidRequestError
 from pagedllm_core.params import GuidedParams, SamplingParams
 from tests.fakes import FakeRunner, expected_greedy, fake_engine, run_all
@@ -104,6 +107,7 @@ def test_requests_name_the_field_and_the_running_one_is_unchanged() -> None:
         fake_engine(FakeRunner(num_blocks=2)).add([1] * 9)
     for options, field in [
         ({"timeout": 0}, "timeout"),
+        ({"timeout": 10**400}, "timeout"),
         ({"timeout": math.nan}, "timeout"),
         ({"request_id": ""}, "request_id"),
         ({"priority": "high"}, "priority"),
@@ -164,3 +168,46 @@ def test_configurations_are_keys_and_frozen() -> None:
     assert len({EngineConfig(model="m"), EngineConfig(model="m"), EngineConfig(model="n")}) == 2
     with pytest.raises(ValueError, match="frozen"):
         EngineConfig(model="m").seed = 3  # type: ignore[misc]
+
+
+def test_an_endless_text_is_refused_by_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizing all of it would keep everybody waiting who comes after it."""
+    with LLM(model="tiny", max_model_len=64, kv_cache_memory="8MiB") as llm:
+        template = ChatTemplate(llm.get_tokenizer())
+        read: list[int] = []
+
+        def counted(text: str, **options: Any) -> Any:
+            read.append(len(text))
+            return tokenizer(text, **options)
+
+        tokenizer = llm.get_tokenizer()
+        monkeypatch.setattr(llm.engine._worker.core.runner, "tokenizer", counted)
+        for size in (70, 300):  # within what may be worth reading whole
+            with pytest.raises(ContextLengthError, match=f"prompt: {len(tokenizer('a ' * size)['input_ids'])} tokens"):
+                llm.engine.submit("a " * size)
+        read.clear()
+        with pytest.raises(ContextLengthError, match="limit of 64"):
+            llm.engine.submit("a " * 1_000_000)
+        assert sum(read) < 2000
+        monkeypatch.setattr(template, "_tokenizer", counted)
+        read.clear()
+        with pytest.raises(ContextLengthError):
+            template.encode("a " * 1_000_000, 64)
+        assert sum(read) < 2000
+        assert len(template.encode("a " * 10_000)) >= 10_000  # to count, all of it
+
+
+def test_beam_search_takes_what_generate_takes() -> None:
+    with LLM(model="tiny", kv_cache_memory="8MiB") as llm:
+        params = [SamplingParams(n=n, max_tokens=3) for n in (1, 2)]
+        outputs = llm.beam_search(["One", "Two"], params, use_tqdm=False)
+        assert [len(output.outputs) for output in outputs] == [1, 2]
+        with pytest.raises(InvalidRequestError, match="sampling_params"):
+            llm.beam_search("One", {"n": 2})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("penalty", "best"), [(100.0, 0.0), (-100.0, -math.inf)])
+def test_extreme_length_penalties(penalty: float, best: float) -> None:
+    rule = BeamRule(2, penalty, "never", 1, 2000)
+    assert rule.finished_score(-5.0, 2000) == best
+    assert BeamRule(2, 2.0, "never", 1, 2000).finished_score(-8.0, 2) == -2.0

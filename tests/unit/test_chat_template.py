@@ -205,3 +205,47 @@ def test_ids_of_calls_become_short_only_where_others_are_refused():
     assert ChatTemplate(None, shown).render(chat, simplify=True).split() == [call["id"] for call in calls]
     with pytest.raises(InvalidRequestError, match="9 characters"):
         ChatTemplate(None, V11).render([{**chat[0], "tool_calls": [{**calls[0], "id": None}]}], simplify=True)
+
+
+LLAMA = """{% for message in messages %}{% if message.tool_calls %}{% if message.tool_calls | length != 1 %}
+{{- raise_exception("This model only supports single tool-calls at once!") }}{% endif %}
+{{- "<call>" + message.tool_calls[0].function.name + "</call>" }}
+{%- else %}{{ "<" + message.role + ">" + message.content }}{% endif %}{% endfor %}"""
+"""As Llama 3.1's: one call a turn."""
+
+
+def test_calls_of_one_turn_become_turns_of_their_own():
+    calls = [{"id": one, "function": {"name": one, "arguments": {}}} for one in ("a", "b", "c")]
+    results = [{"role": "tool", "content": one.upper(), "tool_call_id": one} for one in ("b", "a", "c")]
+    chat = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+    template = ChatTemplate(None, LLAMA)
+    with pytest.raises(InvalidRequestError, match="single tool-calls"):
+        template.render(chat)
+    together = "<user>Go<call>b</call><tool>B<call>a</call><tool>A<call>c</call><tool>C<user>On"
+    assert template.render([*chat, {"role": "user", "content": "On"}], simplify=True) == together
+    nameless = [{key: value for key, value in message.items() if key != "tool_call_id"} for message in chat]
+    assert template.render(nameless, simplify=True).startswith("<user>Go<call>a</call><tool>B<call>b</call>")
+
+
+def test_calls_become_text_where_turns_have_to_alternate_and_tools_are_unknown():
+    strict = "{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    strict += (
+        "{{ raise_exception('roles must alternate') }}{% endif %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    )
+    call = {"id": "1", "function": {"name": "add", "arguments": {"a": 1}}}
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Add"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+    ]
+    text = ChatTemplate(None, strict).render(chat, simplify=True)
+    assert text == '<user>Be brief.\n\nAdd<assistant>{"name": "add", "arguments": {"a": 1}}<user>3'
+
+
+def test_tools_that_a_template_looks_for_elsewhere_are_not_shown():
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    elsewhere = "{% for m in messages %}{{ m.content }}{% if m.tools %}{{ m.tools }}{% endif %}{% endfor %}"
+    assert not ChatTemplate(None, elsewhere).shows_tools(tools)
+    assert not ChatTemplate(None, CHATML).shows_tools(tools)
+    assert ChatTemplate(None, "{{ tools | tojson }}{{ messages[0].content }}").shows_tools(tools)

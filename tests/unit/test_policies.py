@@ -36,6 +36,19 @@ def test_lower_priority_values_go_first() -> None:
     assert finished_order(engine) == ["4", "1", "3", "2", "0"]
 
 
+def test_requests_of_one_place_can_each_be_taken_out() -> None:
+    """A level of priority is worth some arrivals, so two requests may have the same place."""
+    engine = fake_engine(max_num_seqs=1, scheduling_policy="priority")
+    engine.add([1], PARAMS, request_id="late", priority=1)
+    for number in range(PRIORITY_SPAN):
+        engine.add([2], PARAMS, request_id=str(number))
+    last = str(PRIORITY_SPAN - 1)
+    assert len({engine.scheduler.waiting.order(one) for one in engine.scheduler.waiting}) == PRIORITY_SPAN
+    engine.abort(last)
+    engine.abort("late")
+    assert sorted(finished_order(engine)) == sorted(map(str, [*range(PRIORITY_SPAN), "late"]))
+
+
 def test_the_least_urgent_is_preempted_first() -> None:
     engine = fake_engine(FakeRunner(num_blocks=12), scheduling_policy="priority")
     engine.add([1, 2, 3], SamplingParams(max_tokens=30), request_id="early", priority=3)
