@@ -108,7 +108,9 @@ class EngineWorker:
     def check_process(self) -> None:
         """Raise where this process is a fork of the one that made the engine: its thread is not here."""
         if self._pid != os.getpid():
-            raise EngineClosedError("the engine belongs to the parent process; make a new one in this process (or start it with "spawn" or "forkserver")")
+            raise EngineClosedError(
+                "the engine belongs to the parent process; make a new one here, or start processes without fork"
+            )
 
     def abort(self, request_id: str) -> None:
         """End the request that has this id before the next step."""
