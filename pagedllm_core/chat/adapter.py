@@ -263,8 +263,34 @@ class Call:
         params, style = self.params, ReplyStyle()
         if self.prompt is None:
             params, style = self._held(engine, str(prompt["prompt"]))
-        request = engine.prepare(prompt, params, timeout=self.timeout, share_key=self.share_key, stream=stream)
+        try:
+            request = engine.prepare(prompt, params, timeout=self.timeout, share_key=self.share_key, stream=stream)
+        except InvalidRequestError as error:
+            if self.prompt is None and params.guided is not None and str(error).startswith("guided."):
+                self._blame(engine, prompt, error)
+            raise
         return request, style
+
+    def _blame(self, engine: AsyncEngine, prompt: Mapping[str, Any], error: InvalidRequestError) -> None:
+        """Name the one of several schemas that a grammar was refused for.
+
+        Raises:
+            InvalidRequestError: One of them is refused by itself, too.
+        """
+        auto = dataclasses.replace(self, choice=AUTO)
+        alone = [
+            (f"tools: the parameters of {tool_name(tool)!r}", dataclasses.replace(auto, tools=(tool,), schema=None))
+            for tool in self.tools
+        ]
+        if self.schema is not None:
+            alone.append(("response_format", dataclasses.replace(auto, tools=())))
+        for told, call in alone:
+            try:
+                params, _ = call._held(engine, str(prompt["prompt"]))
+                engine.prepare(prompt, params)
+            except InvalidRequestError as wrong:
+                reason = str(wrong).partition(": ")[2]
+                raise InvalidRequestError(f"{told}: {reason}; change or leave out that part of the schema") from error
 
     def _tool_format(self, engine: AsyncEngine) -> ToolFormat:
         from pagedllm_core.chat.template import ChatTemplate

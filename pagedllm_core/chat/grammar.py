@@ -15,7 +15,7 @@ from typing import Any
 
 from pagedllm_core.chat.formats import ReasoningFormat, ToolFormat
 from pagedllm_core.chat.tools import ToolChoice, tool_name, tool_parameters
-from pagedllm_core.decode.schema import prepare_schema
+from pagedllm_core.decode.schema import escapes, prepare_schema
 from pagedllm_core.decode.texts import write_text
 from pagedllm_core.params import GuidedParams
 
@@ -168,7 +168,7 @@ def _apart(head: str) -> str:
 
 def _schema(schema: Mapping[str, Any], strict: bool) -> str:
     closed = prepare_schema(dict(schema), strict)
-    return json.dumps({**closed, "x-guidance": {**_JSON, "lenient": not strict}}, ensure_ascii=False)
+    return json.dumps({**closed, "x-guidance": {**_JSON, **escapes(closed), "lenient": not strict}}, ensure_ascii=False)
 
 
 def _without(tag: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
 from pydantic.v1 import BaseModel as BaseModelV1
 
 from pagedllm_core.errors import InvalidRequestError
@@ -47,8 +48,19 @@ def class_schema(output_class: type) -> dict[str, Any]:
 
     Without `uniqueItems`: the class itself makes a set of what it reads.
     """
-    whole = output_class.model_json_schema() if issubclass(output_class, BaseModel) else _old_schema(output_class)
+    if issubclass(output_class, BaseModel):
+        whole = output_class.model_json_schema(schema_generator=_Schemas)
+    else:
+        whole = _old_schema(output_class)
     return dict(without_sets(whole))
+
+
+class _Schemas(GenerateJsonSchema):
+    """Decimals are numbers: pydantic's own schema allows texts as well, of which most are none."""
+
+    def decimal_schema(self, schema: Any) -> dict[str, Any]:
+        whole = super().decimal_schema(schema)
+        return next((one for one in whole.get("anyOf", ()) if one.get("type") == "number"), whole)
 
 
 def _old_schema(output_class: Any) -> Any:

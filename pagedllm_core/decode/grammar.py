@@ -9,12 +9,12 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pagedllm_core.decode.guided import MAX_CLOSING, Guide, Vocabulary
-from pagedllm_core.decode.schema import prepare_schema
+from pagedllm_core.decode.schema import escapes, prepare_schema
 from pagedllm_core.decode.texts import write_text
 from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.params import GuidedParams
@@ -166,7 +166,9 @@ def _source(guided: GuidedParams, added_tokens: Mapping[str, int]) -> tuple[str,
 
     if guided.json is not None:
         schema = _read_schema(guided.json)
-        return "json", LLMatcher.grammar_from_json_schema(prepare_schema(schema), overrides=_SEPARATORS)
+        prepared = prepare_schema(schema)
+        options = cast("JsonCompileOptions", {**_SEPARATORS, **escapes(prepared)})
+        return "json", LLMatcher.grammar_from_json_schema(prepared, overrides=options)
     if guided.regex is not None:
         _check_size("regex", guided.regex)
         return "regex", LLMatcher.grammar_from_regex(guided.regex)
@@ -187,21 +189,28 @@ def _source(guided: GuidedParams, added_tokens: Mapping[str, int]) -> tuple[str,
 
 
 def _literals(source: str, vocabulary: Vocabulary) -> Iterator[list[int]]:
-    """The single tokens and quoted texts of a grammar, each as ids."""
+    """The single tokens and quoted texts of a grammar, and the runs of its schemas' patterns, each as ids."""
     rules = "\n".join(line for line in source.splitlines() if "%json" not in line)
     yield from ([int(token)] for token in re.findall(r"<\[(\d+)\]>", rules))
     for text in re.findall(r'"(?:[^"\\\n]|\\.)*"', rules):
         with contextlib.suppress(ValueError):
             if ids := vocabulary.ids_of(json.loads(text)):
                 yield ids
+    for schema in re.findall(r"%json (.+)", source):
+        with contextlib.suppress(ValueError):
+            yield from _plain_runs(_patterns(json.loads(schema)), vocabulary)
 
 
 def _runs(guided: GuidedParams, vocabulary: Vocabulary) -> Iterator[list[int]]:
     """The runs of plain characters in a regular expression, or in the patterns of a schema, each as ids."""
     patterns = [guided.regex] if guided.regex else _patterns(_read_schema(guided.json)) if guided.json else []
+    yield from _plain_runs(patterns, vocabulary)
+
+
+def _plain_runs(patterns: Iterable[str], vocabulary: Vocabulary) -> Iterator[list[int]]:
     for pattern in patterns:
-        for run in re.findall(r"[A-Za-z0-9 _:,@-]+", pattern):
-            yield vocabulary.ids_of(run)
+        for run in re.findall(r"(?:[A-Za-z0-9 _:,@/-]|\\[^\w\s])+", pattern):
+            yield vocabulary.ids_of(re.sub(r"\\(.)", r"\1", run))
 
 
 def _patterns(schema: Any) -> Iterator[str]:

@@ -30,7 +30,7 @@ MAX_CLOSING = 4096  # tokens; a search for a closing gives up beyond
 MAX_DETOUR = 64  # places where a search in the middle of an output may choose: all requests of a step wait for it
 MAX_FAILURES = 2  # searches without a result, after which a sequence's other candidates are not searched in a step
 # What a closing tries first where several things may come: the ends of what is open, then the shortest values.
-_ENDS = """}]"01ntf[{ ,:@.aA-/TZ+"""
+_ENDS = """}],"01ntf[{ :@.aA-/TZ+"""
 _CHARACTERS = _ENDS + "".join(chr(code) for code in range(32, 127) if chr(code) not in _ENDS)
 _QUOTE = _CHARACTERS.index('"')
 
@@ -80,7 +80,11 @@ class Vocabulary:
             hint: Tokens that completed it before; the search ends as soon as these do again.
             limit: Most places where the search has to choose.
         """
-        found = self._close(matcher.deep_copy(), list(hint), limit)
+        # The same choice in the same place mostly gives the shorter output, but may go round in circles.
+        found = self._close(matcher.deep_copy(), list(hint), limit // 4, varied=False)
+        if found is None or limit == MAX_CLOSING:
+            other = self._close(matcher.deep_copy(), list(hint), limit)
+            found = min((one for one in (found, other) if one is not None), key=len, default=None)
         if found is None:
             return None
         shorter = self._as_written(found)
@@ -94,7 +98,7 @@ class Vocabulary:
             written += ids if single else self.tokenizer.tokenize_bytes(self.tokenizer.decode_bytes(ids))
         return written
 
-    def _close(self, matcher: LLMatcher, known: list[int], limit: int) -> list[int] | None:
+    def _close(self, matcher: LLMatcher, known: list[int], limit: int, varied: bool = True) -> list[int] | None:
         """Drive a matcher to a complete output: what is forced, else the best end that may come."""
         path: list[int] = []
         visits: Counter[tuple[int, ...]] = Counter()
@@ -107,14 +111,14 @@ class Vocabulary:
             tokens = matcher.compute_ff_tokens()
             # What the tokenizer makes a special token of, in a text that is meant as such, is written by characters.
             if not tokens or matcher.validate_tokens(tokens) < len(tokens):
-                tokens = self._end(matcher, visits, asking=bool(tokens))
+                tokens = self._end(matcher, visits, bool(tokens), varied)
             if not tokens or not matcher.consume_tokens(tokens):
                 return None
             path += tokens
         return None
 
-    def _end(self, matcher: LLMatcher, visits: Counter[tuple[int, ...]], asking: bool) -> list[int]:
-        """The character to try next: the best end that may come, and another each time the same ones may come again."""
+    def _end(self, matcher: LLMatcher, visits: Counter[tuple[int, ...]], asking: bool, varied: bool) -> list[int]:
+        """The text to try next: the best end that may come; `varied`, another one each time they come again."""
         may_come = self._may_come(matcher, asking)
         visits[may_come] += 1
         if not may_come:
@@ -127,7 +131,12 @@ class Vocabulary:
                 after = matcher.deep_copy()
                 if after.consume_tokens(ids) and (after.is_accepting() or not self._is_text(self._may_come(after))):
                     return ids
-        return self.characters[may_come[(visits[may_come] - 1) % len(may_come)]]
+        turn = visits[may_come] - 1 if varied else 0
+        if varied and self._is_text(may_come):  # what has to come somewhere in a text may come now
+            named = [ids for ids in self.literals if matcher.validate_tokens(ids) == len(ids)]
+            if turn < len(named):
+                return named[turn]
+        return self.characters[may_come[turn % len(may_come)]]
 
     def _may_come(self, matcher: LLMatcher, asking: bool = False) -> tuple[int, ...]:
         """The numbers of the characters that may come next; one mask tells of all that are single tokens.

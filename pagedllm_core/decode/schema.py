@@ -52,6 +52,24 @@ def prepare_schema(schema: dict[str, Any], strict: bool = True) -> dict[str, Any
     return prepared
 
 
+def escapes(prepared: dict[str, Any]) -> dict[str, Any]:
+    """What llguidance has to be told of escapes in texts.
+
+    Where an object may have more keys than it lists, none is written by the numbers of its characters: it may be a
+    listed one, once more, with a value of another kind.
+    """
+    return {"json_allowed_escapes": 'nrbtf\\"'} if _is_open(prepared) else {}
+
+
+def _is_open(schema: Any) -> bool:
+    if isinstance(schema, list):
+        return any(map(_is_open, schema))
+    if not isinstance(schema, dict):
+        return False
+    told = "properties" in schema and schema.get("additionalProperties") is not False
+    return told or "patternProperties" in schema or any(map(_is_open, schema.values()))
+
+
 def _combines(schema: Any) -> bool:
     if isinstance(schema, list):
         return any(map(_combines, schema))
@@ -77,7 +95,8 @@ def _prepared(schema: Any, closing: bool, strict: bool) -> Any:
             done[name] = {key: _prepared(value, closing, strict) for key, value in done[name].items()}
     if isinstance(done.get("additionalProperties"), dict):
         done["additionalProperties"] = _prepared(done["additionalProperties"], closing, strict)
-    if closing and "properties" in done and "additionalProperties" not in done:
+    listed = isinstance(done.get("properties"), dict) and set(done.get("required") or ()) <= done["properties"].keys()
+    if closing and listed and "additionalProperties" not in done:
         done["additionalProperties"] = False
     if done.get("uniqueItems") is False or not strict:
         done.pop("uniqueItems", None)

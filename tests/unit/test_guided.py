@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 
 from pagedllm_core import LLM, GuidedParams, SamplingParams
@@ -240,6 +241,42 @@ def test_too_small_a_budget_is_refused(llm: LLM) -> None:
     long = llm.get_tokenizer()("word " * 3000)["input_ids"][: llm.engine.max_model_len - 4]
     with pytest.raises(ContextLengthError, match=r"2044 tokens and at least \d+ of output, .* limit of 2048"):
         llm.generate([long], guided(None, json=PERSON), use_tqdm=False)
+
+
+OPEN = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize("more", [{"additionalProperties": {"type": "string"}}, {"patternProperties": {"^x": {}}}])
+def test_a_listed_key_does_not_come_again_in_other_letters(llm: LLM, more: dict[str, Any]) -> None:
+    schema = {**OPEN, "additionalProperties": True, **more}
+    for wanted, text in (("again", '{"a": 1, "\\u0061": "x"}'), ("other", '{"a": 1, "x": "y\\n"}')):
+        bias = dict.fromkeys(llm.get_tokenizer()(text, add_special_tokens=False)["input_ids"], 40.0)
+        written = run(llm, guided(60, json=schema, temperature=0, logit_bias=bias)).outputs[0].text
+        jsonschema.validate(json.loads(written), schema)
+        grammar = llm.engine._worker.core.intake.grammars.compile(GuidedParams(json=schema))
+        ids = [one for letter in text for one in grammar.vocabulary.tokenizer.tokenize_str(letter)]
+        assert grammar.vocabulary.completes(grammar.matcher, ids) == (wanted == "other")
+
+
+def test_a_demanded_key_that_is_not_listed(llm: LLM) -> None:
+    schema = {**OPEN, "required": ["b"]}
+    assert "b" in json.loads(run(llm, guided(json=schema)).outputs[0].text)
+
+
+def test_the_smallest_output_is_small(llm: LLM) -> None:
+    keys = [f"x{number}" for number in range(12)]
+    integers = {"type": "object", "properties": {key: {"type": "integer"} for key in keys}, "required": keys}
+    numbers = {"type": "array", "items": {"type": "number"}, "minItems": 20}
+    for schema, least in ((integers, 90), (numbers, 64)):
+        jsonschema.validate(json.loads(run(llm, guided(least, json=schema)).outputs[0].text), schema)
+
+
+@pytest.mark.parametrize("pattern", ["abc", r"\.pdf$", "^.*foo.*$", r"^https?://.+\.pdf$", r"@a\.com$", "foo|bar"])
+def test_patterns_that_a_text_has_to_hold_somewhere(llm: LLM, pattern: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+    assert re.search(pattern, json.loads(run(llm, guided(json=schema)).outputs[0].text)["a"])
+    held = f"start: %json {json.dumps(schema)}"
+    assert re.search(pattern, json.loads(run(llm, guided(grammar=held)).outputs[0].text)["a"])
 
 
 @pytest.mark.parametrize("how", [{}, {"n": 2, "temperature": 1.0}, {"use_beam_search": True, "best_of": 2}])

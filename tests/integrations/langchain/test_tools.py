@@ -6,6 +6,7 @@ import asyncio
 import json
 import pickle
 import random
+from decimal import Decimal
 from typing import Any, Literal
 
 import jsonschema
@@ -144,6 +145,36 @@ class Twig(BaseModel):
 def plant(root: Twig) -> str:
     """Plant a tree."""
     return root.name
+
+
+class Paid(BaseModel):
+    """A payment."""
+
+    amount: Decimal
+
+
+def test_decimals_are_numbers(chat):
+    model = chat.with_structured_output(Paid)
+    assert all(isinstance(model.invoke(QUESTION, max_tokens=count).amount, Decimal) for count in (9, 12, 40))
+
+
+def test_errors_name_the_tool(chat):
+    def described(name: str, kind: str) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": {"x": {"type": kind}}}
+        return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
+
+    bound = chat.bind_tools([described("good", "string"), described("bad", "strin")])
+    with pytest.raises(
+        ModelInvalidRequestError, match=r"tools: the parameters of 'bad': .*strin.*; change or leave out"
+    ):
+        bound.invoke(QUESTION)
+    wrong = {"type": "object", "properties": {"x": {"type": "strin"}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": wrong}}
+    bound = chat.bind_tools([described("good", "string")], response_format=asked)
+    with pytest.raises(ModelInvalidRequestError, match=r"response_format: .*strin"):
+        bound.invoke(QUESTION)
+    with pytest.raises(ModelInvalidRequestError, match=r"response_format: .*strin"):
+        chat.with_structured_output(wrong).invoke(QUESTION)
 
 
 def test_arguments_that_hold_themselves(chat):
