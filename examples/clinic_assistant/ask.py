@@ -14,7 +14,8 @@ import asyncio
 from pathlib import Path
 
 from assistant import ClinicAssistant
-from material import QUESTIONS, READ, Reply, read_questions
+from llama_index.llms.pagedllm import PagedLLM
+from material import MAX_TOKENS, QUESTIONS, READ, Reply, read_questions
 from report import ask_all, show, summarize
 
 from pagedllm_core import shutdown
@@ -40,7 +41,9 @@ async def ask_file(assistant: ClinicAssistant, path: Path) -> None:
 
 async def run(arguments: argparse.Namespace) -> None:
     """Index the leaflets and ask."""
-    async with ClinicAssistant(url=arguments.qdrant, read=arguments.read) as assistant:
+    llm = PagedLLM(model=arguments.model, temperature=0, max_tokens=MAX_TOKENS)
+    given = {"url": arguments.qdrant, "llm": llm, "read": arguments.read, "embedding": arguments.embedding}
+    async with ClinicAssistant(**given) as assistant:
         if arguments.question:
             await ask_one(assistant, arguments.question)
         else:
@@ -52,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Ask the clinic's leaflets.")
     parser.add_argument("question", nargs="?", help="one question; without it, those of a file")
     parser.add_argument("--questions", type=Path, metavar="FILE", default=QUESTIONS, help="default %(default)s")
+    parser.add_argument("--model", default="tiny", help="any causal language model (default: the bundled one)")
+    parser.add_argument("--embedding", metavar="NAME", help="any sentence-transformer (default: one from a package)")
     parser.add_argument("--qdrant", metavar="URL", help="a Qdrant server instead of the embedded one")
     parser.add_argument("--read", type=int, default=READ, help="passages that the model reads (default %(default)s)")
     asyncio.run(run(parser.parse_args()))

@@ -13,7 +13,8 @@ import asyncio
 from pathlib import Path
 
 from langchain_assistant import LangChainClinicAssistant
-from material import QUESTIONS, READ, read_questions
+from langchain_pagedllm import ChatPagedLLM
+from material import MAX_TOKENS, QUESTIONS, READ, read_questions
 from report import ask_all, show, summarize
 
 from pagedllm_core import shutdown
@@ -32,10 +33,16 @@ def main() -> None:
     """Read the command line, index the leaflets and ask."""
     parser = argparse.ArgumentParser(description="Ask the clinic's leaflets, with LangChain.")
     parser.add_argument("--questions", type=Path, metavar="FILE", default=QUESTIONS, help="default %(default)s")
+    parser.add_argument("--model", default="tiny", help="any causal language model (default: the bundled one)")
+    parser.add_argument("--embedding", metavar="NAME", help="any sentence-transformer (default: one from a package)")
     parser.add_argument("--qdrant", metavar="URL", help="a Qdrant server instead of the embedded one")
     parser.add_argument("--read", type=int, default=READ, help="passages that the model reads (default %(default)s)")
     arguments = parser.parse_args()
-    asyncio.run(run(LangChainClinicAssistant(url=arguments.qdrant, read=arguments.read), arguments.questions))
+    chat = ChatPagedLLM(model=arguments.model, temperature=0, max_tokens=MAX_TOKENS)
+    assistant = LangChainClinicAssistant(
+        url=arguments.qdrant, chat=chat, read=arguments.read, embedding=arguments.embedding
+    )
+    asyncio.run(run(assistant, arguments.questions))
     shutdown()
 
 

@@ -52,6 +52,7 @@ class ClinicAssistant:
         url: A Qdrant server; None keeps the vectors in this process.
         llm: The language model; by default the bundled one.
         read: How many of the passages found the model reads.
+        embedding: A sentence-transformer of the Hugging Face hub or of a folder; None: one from a package.
 
     Attributes:
         embedding: The embedding model, once the assistant is started.
@@ -60,9 +61,15 @@ class ClinicAssistant:
     embedding: OfflineEmbedding
 
     def __init__(
-        self, folder: Path = LEAFLETS, url: str | None = None, llm: PagedLLM | None = None, read: int = READ
+        self,
+        folder: Path = LEAFLETS,
+        url: str | None = None,
+        llm: PagedLLM | None = None,
+        read: int = READ,
+        embedding: str | None = None,
     ) -> None:
         self.read = read
+        self._embedding_name = embedding
         self._folder = folder
         self._url = url
         self._llm = llm
@@ -87,7 +94,7 @@ class ClinicAssistant:
         leaflets = await asyncio.to_thread(read_leaflets, self._folder)
         self._leaflets = {leaflet.name: leaflet for leaflet in leaflets}
         self._client = AsyncQdrantClient(url=self._url) if self._url else AsyncQdrantClient(":memory:")
-        self.embedding = await asyncio.to_thread(make_embedding)
+        self.embedding = await asyncio.to_thread(make_embedding, self._embedding_name)
         self._searches = await ingest(leaflets, self._client, self.embedding)
 
     async def close(self) -> None:

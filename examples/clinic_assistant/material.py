@@ -112,7 +112,7 @@ def read_leaflets(folder: Path = LEAFLETS) -> list[Leaflet]:
 def read_leaflet(path: Path) -> Leaflet:
     """One leaflet. Its lines are joined, since those of a PDF file end wherever the page does."""
     if path.suffix == ".txt":
-        title, text = path.read_text(encoding="utf-8").strip().split("\n", 1)
+        title, _, text = path.read_text(encoding="utf-8").strip().partition("\n")
         return Leaflet(path.name, title.strip(), " ".join(text.split()))
     from pypdf import PdfReader
 

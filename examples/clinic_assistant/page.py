@@ -69,14 +69,14 @@ class Turn:
 
 
 @st.cache_resource(show_spinner="Reading the leaflets and loading the model …")
-def open_assistant(model: str, qdrant: str | None, read: int) -> SharedAssistant:
+def open_assistant(model: str, qdrant: str | None, read: int, embedding: str | None = None) -> SharedAssistant:
     """The one assistant of all visitors; the first of them waits for it."""
     from llama_index.llms.pagedllm import PagedLLM
 
     # A small pool, so that the map of its blocks shows something: 512 blocks of the bundled model.
     engine_kwargs = {"kv_cache_memory": "20MiB"} if model == "tiny" else {}
     llm = PagedLLM(model=model, temperature=0, max_tokens=MAX_TOKENS, engine_kwargs=engine_kwargs)
-    return SharedAssistant(ClinicAssistant(url=qdrant, llm=llm, read=read))
+    return SharedAssistant(ClinicAssistant(url=qdrant, llm=llm, read=read, embedding=embedding))
 
 
 def in_plain_words(error: BaseException) -> str:
@@ -220,7 +220,7 @@ def main(arguments: argparse.Namespace) -> None:
     st.html(drawing.STYLE)
     st.session_state.setdefault("turns", [])
     try:
-        shared = open_assistant(arguments.model, arguments.qdrant, arguments.read)
+        shared = open_assistant(arguments.model, arguments.qdrant, arguments.read, arguments.embedding)
     except Exception as error:
         logger.exception("the assistant did not start")
         st.error(in_plain_words(error), icon=":material/error:")
@@ -251,6 +251,7 @@ def read_arguments() -> argparse.Namespace:
     """What stands after `--` on the command line."""
     parser = argparse.ArgumentParser(description="The clinic assistant as a web page.")
     parser.add_argument("--model", default="tiny", help="any causal language model (default: the bundled one)")
+    parser.add_argument("--embedding", metavar="NAME", help="any sentence-transformer (default: one from a package)")
     parser.add_argument("--qdrant", metavar="URL", help="a Qdrant server instead of the embedded one")
     parser.add_argument("--read", type=int, default=READ, help="passages that the model reads (default %(default)s)")
     return parser.parse_args()

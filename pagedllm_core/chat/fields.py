@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -21,6 +21,9 @@ from pagedllm_core.chat.adapter import EngineSource, sampling_params, shared_eng
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.errors import InvalidRequestError, check_unicode
 from pagedllm_core.params import SamplingParams
+
+if TYPE_CHECKING:
+    from pagedllm_core.async_engine import AsyncEngine
 
 ENGINE_FIELDS = (
     "revision", "trust_remote_code", "dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_memory",
@@ -148,6 +151,21 @@ class AdapterFields(BaseModel):
         if self.engine is not None and model in (None, self.model):
             return EngineSource(self.engine.config, self.engine)
         return shared_engine(self.engine_config(model), self._hub_token(), self.keep_alive)
+
+    def _source_of(self, given: Mapping[str, Any]) -> EngineSource:
+        """The source of what one call gives: of its `model`, or the own one."""
+        return self._source(self._by_own_names(given).get("model"))
+
+    def _has_template(self, engine: AsyncEngine) -> bool:
+        """Whether conversations can be put into a prompt; a given template is read for it."""
+        from pagedllm_core.chat.template import ChatTemplate
+
+        own = getattr(engine.tokenizer, "chat_template", None)
+        return (
+            bool(own)
+            if self.chat_template is None
+            else bool(ChatTemplate(engine.tokenizer, self.chat_template).source())
+        )
 
     def _context_limit(self) -> int | None:
         """The context in tokens that was asked for, or that the given engine has; None: the model's own."""

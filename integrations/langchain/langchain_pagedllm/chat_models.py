@@ -100,7 +100,7 @@ class ChatPagedLLM(AllAtOnce, PagedModel, BaseChatModel):
     ) -> ChatResult:
         with as_langchain_errors():
             call = self._call(messages, stop, kwargs, run_manager)
-            engine = self._source(kwargs.get("model")).get()
+            engine = self._source_of(kwargs).get()
             return to_chat_result(call.run(engine), self._reply_source(engine, kwargs))
 
     async def _agenerate(
@@ -112,7 +112,7 @@ class ChatPagedLLM(AllAtOnce, PagedModel, BaseChatModel):
     ) -> ChatResult:
         with as_langchain_errors():
             call = self._call(messages, stop, kwargs, run_manager)
-            engine = await self._source(kwargs.get("model")).aget()
+            engine = await self._source_of(kwargs).aget()
             return to_chat_result(await call.arun(engine), self._reply_source(engine, kwargs))
 
     def _stream(
@@ -125,7 +125,7 @@ class ChatPagedLLM(AllAtOnce, PagedModel, BaseChatModel):
         with as_langchain_errors():
             call = self._call(messages, stop, kwargs, run_manager)
             check_streamable(call)
-            engine = self._source(kwargs.get("model")).get()
+            engine = self._source_of(kwargs).get()
             handle, style = call.submit(engine, stream=True)
             chunks = Chunks(style, self._reply_source(engine, kwargs))
             try:
@@ -145,7 +145,7 @@ class ChatPagedLLM(AllAtOnce, PagedModel, BaseChatModel):
         with as_langchain_errors():
             call = self._call(messages, stop, kwargs, run_manager)
             check_streamable(call)
-            engine = await self._source(kwargs.get("model")).aget()
+            engine = await self._source_of(kwargs).aget()
             handle, style = await call.asubmit(engine, stream=True)
             chunks = Chunks(style, self._reply_source(engine, kwargs))
             outputs = watched(handle)
@@ -157,7 +157,7 @@ class ChatPagedLLM(AllAtOnce, PagedModel, BaseChatModel):
                 await outputs.aclose()
 
     def _reply_source(self, engine: AsyncEngine, given: dict[str, Any]) -> Source:
-        return Source(engine, given.get("model") or self.model)
+        return Source(engine, self._by_own_names(given).get("model") or self.model)
 
     def _streaming_disabled(self, **kwargs: Any) -> bool:
         # A listener to tokens makes `invoke` stream, too; several replies come whole, unless `stream` was called.

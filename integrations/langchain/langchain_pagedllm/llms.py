@@ -102,7 +102,7 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         with as_langchain_errors():
-            engine = self._source(kwargs.get("model")).get()
+            engine = self._source_of(kwargs).get()
             key = share_key(run_manager, len(prompts))
             handles = []
             try:
@@ -122,7 +122,7 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         with as_langchain_errors():
-            engine = await self._source(kwargs.get("model")).aget()
+            engine = await self._source_of(kwargs).aget()
             key = share_key(run_manager, len(prompts))
             handles = []
             try:
@@ -144,7 +144,7 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
         with as_langchain_errors():
             call = self._call(prompt, stop, kwargs, share_key(run_manager))
             check_streamable(call)
-            handle = call.submit(self._source(kwargs.get("model")).get(), stream=True).handle
+            handle = call.submit(self._source_of(kwargs).get(), stream=True).handle
             try:
                 for output in handle:
                     for completion in output.outputs:
@@ -166,7 +166,7 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
         with as_langchain_errors():
             call = self._call(prompt, stop, kwargs, share_key(run_manager))
             check_streamable(call)
-            engine = await self._source(kwargs.get("model")).aget()
+            engine = await self._source_of(kwargs).aget()
             outputs = watched((await call.asubmit(engine, stream=True)).handle)
             try:
                 async for output in outputs:
@@ -199,11 +199,15 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
             "completion_tokens": output_tokens,
             "total_tokens": prompt_tokens + output_tokens,
         }
-        llm_output = {"token_usage": usage, "model_name": given.get("model") or self.model}
+        llm_output = {"token_usage": usage, "model_name": self._by_own_names(given).get("model") or self.model}
         return LLMResult(generations=generations, llm_output=llm_output)
 
     def _info(self, completion: CompletionOutput, given: dict[str, Any]) -> dict[str, Any] | None:
-        info = end_metadata(completion, given.get("model") or self.model, False) if completion.finished else {}
+        info = (
+            end_metadata(completion, self._by_own_names(given).get("model") or self.model, False)
+            if completion.finished
+            else {}
+        )
         if completion.logprobs is not None:
             info["logprobs"] = logprobs_content(completion)
         return info or None

@@ -29,6 +29,7 @@ from typing_extensions import TypedDict
 
 from pagedllm_core import EngineConfig, GuidedParams, SamplingParams, get_engine
 from pagedllm_core.chat.adapter import Call
+from pagedllm_core.chat.schemas import class_schema
 from pagedllm_core.errors import (
     ContextLengthError,
     EngineClosedError,
@@ -154,6 +155,7 @@ class Paid(BaseModel):
 
 
 def test_decimals_are_numbers(chat):
+    assert class_schema(Paid)["properties"]["amount"]["type"] == "number"  # and no text, of which most are none
     model = chat.with_structured_output(Paid)
     assert all(isinstance(model.invoke(QUESTION, max_tokens=count).amount, Decimal) for count in (9, 12, 40))
 

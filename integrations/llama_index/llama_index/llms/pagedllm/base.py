@@ -20,6 +20,7 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.core.types import TokenAsyncGen
 from llama_index.llms.pagedllm.convert import ChatStream, Source, as_completion, to_chat_response, to_template_messages
 from llama_index.llms.pagedllm.structured import StructuredPrediction, as_tool
 from llama_index_instrumentation.dispatcher import active_instrument_tags
@@ -31,6 +32,7 @@ from pagedllm_core.errors import InvalidRequestError
 from pagedllm_core.params import GuidedParams
 
 if TYPE_CHECKING:
+    from llama_index.core.prompts import BasePromptTemplate
     from llama_index.core.tools.types import BaseTool
 
     from pagedllm_core.async_engine import AsyncEngine
@@ -41,7 +43,7 @@ _CHAT_ARGUMENTS = frozenset({
     "tool_parser", "reasoning_parser", "reasoning",
 })  # fmt: skip
 # Arguments that code written for other providers passes along; they ask for nothing here.
-_IGNORED = frozenset({"stream", "extra_headers", "extra_query", "extra_body", "user", "formatted"})
+_IGNORED = frozenset({"stream", "extra_headers", "extra_query", "user", "formatted"})
 
 
 class PagedLLM(StructuredPrediction):
@@ -69,14 +71,20 @@ class PagedLLM(StructuredPrediction):
     def metadata(self) -> LLMMetadata:
         """What the loaded model can do; loads it."""
         engine = self._source().get()
-        template = self.chat_template or getattr(engine.tokenizer, "chat_template", None)
+        is_chat_model = self._has_template(engine)
         return LLMMetadata(
             context_window=engine.context_window,
             num_output=-1 if self.max_tokens is None else self.max_tokens,
-            is_chat_model=bool(template),
-            is_function_calling_model="tools" in str(template),
+            is_chat_model=is_chat_model,
+            # Where a template shows no tools, the system message does; a grammar holds the calls in any case.
+            is_function_calling_model=is_chat_model and not self._own_prompts,
             model_name=self.model,
         )
+
+    @property
+    def _own_prompts(self) -> bool:
+        to_prompt: Any = self.messages_to_prompt
+        return to_prompt is not default_messages_to_prompt
 
     @property
     def tokenizer(self) -> Any:
@@ -94,20 +102,32 @@ class PagedLLM(StructuredPrediction):
         known = self.metadata.model_dump() if self._source().current() else {"model_name": self.model}
         return {"class_name": self.class_name(), **known, **self._identity()}
 
+    # What asks for the metadata on an event loop, where the model may not be loaded yet.
+
+    async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """Answer a prompt that is filled with these arguments."""
+        await self._source().aget()
+        return await super().apredict(prompt, **prompt_args)
+
+    async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
+        """Answer a prompt that is filled with these arguments, bit by bit."""
+        await self._source().aget()
+        return await super().astream(prompt, **prompt_args)
+
     # Chat.
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
         call = self._chat_call(messages, kwargs)
-        engine = self._source(kwargs.get("model")).get()
+        engine = self._source_of(kwargs).get()
         return to_chat_response(call.run(engine), self._reply_source(engine, kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation; cancelling the task frees its memory."""
         call = self._chat_call(messages, kwargs)
-        engine = await self._source(kwargs.get("model")).aget()
+        engine = await self._source_of(kwargs).aget()
         return to_chat_response(await call.arun(engine), self._reply_source(engine, kwargs))
 
     @llm_chat_callback()
@@ -125,14 +145,14 @@ class PagedLLM(StructuredPrediction):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt."""
-        source = self._source(kwargs.get("model"))
+        source = self._source_of(kwargs)
         answer = self._completion_call(source, prompt, formatted, kwargs).run(source.get())
         return as_completion(to_chat_response(answer, self._reply_source(source.get(), kwargs)))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt; cancelling the task frees its memory."""
-        source = self._source(kwargs.get("model"))
+        source = self._source_of(kwargs)
         engine = await source.aget()
         answer = await self._completion_call(source, prompt, formatted, kwargs).arun(engine)
         return as_completion(to_chat_response(answer, self._reply_source(engine, kwargs)))
@@ -140,14 +160,14 @@ class PagedLLM(StructuredPrediction):
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Complete a prompt bit by bit; closing the iterator frees its memory."""
-        call = self._completion_call(self._source(kwargs.get("model")), prompt, formatted, kwargs)
+        call = self._completion_call(self._source_of(kwargs), prompt, formatted, kwargs)
         chats = self._stream(call, kwargs)
         return (as_completion(response) for response in chats)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """Complete a prompt bit by bit; closing the iterator or cancelling its reader frees its memory."""
-        source = self._source(kwargs.get("model"))
+        source = self._source_of(kwargs)
         await source.aget()
         chats = await self._astream(self._completion_call(source, prompt, formatted, kwargs), kwargs)
 
@@ -161,7 +181,7 @@ class PagedLLM(StructuredPrediction):
         return responses()
 
     def _stream(self, call: Call, given: dict[str, Any]) -> ChatResponseGen:
-        engine = self._source(given.get("model")).get()
+        engine = self._source_of(given).get()
         handle, style = call.submit(engine, stream=True)
         return self._responses(handle, ChatStream(style, self._reply_source(engine, given)))
 
@@ -175,7 +195,7 @@ class PagedLLM(StructuredPrediction):
                 handle.cancel()
 
     async def _astream(self, call: Call, given: dict[str, Any]) -> ChatResponseAsyncGen:
-        engine = await self._source(given.get("model")).aget()
+        engine = await self._source_of(given).aget()
         handle, style = await call.asubmit(engine, stream=True)
         return self._aresponses(handle, ChatStream(style, self._reply_source(engine, given)))
 
@@ -190,12 +210,12 @@ class PagedLLM(StructuredPrediction):
             await outputs.aclose()
 
     def _reply_source(self, engine: AsyncEngine, given: dict[str, Any]) -> Source:
-        return Source(engine, given.get("model") or self.model)
+        return Source(engine, self._by_own_names(given).get("model") or self.model)
 
     def _chat_call(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> Call:
         given = self._checked(kwargs)
-        to_prompt: Any = self.messages_to_prompt
-        if to_prompt is not default_messages_to_prompt:
+        if self._own_prompts:
+            to_prompt: Any = self.messages_to_prompt
             return self._raw_call(to_prompt(messages), given)
         schema = response_schema(given.get("response_format"))
         if schema is not None:
@@ -225,7 +245,7 @@ class PagedLLM(StructuredPrediction):
         to_prompt: Any = self.completion_to_prompt
         if to_prompt is not default_completion_to_prompt:
             return self._raw_call(to_prompt(prompt), given)
-        if not (self.chat_template or getattr(source.get().tokenizer, "chat_template", None)):
+        if not self._has_template(source.get()):
             return self._raw_call(prompt, given)
         return self._chat_call([ChatMessage(content=prompt, role=MessageRole.USER)], given)
 
@@ -245,8 +265,8 @@ class PagedLLM(StructuredPrediction):
         self._warn_unknown_arguments(given, _CHAT_ARGUMENTS | _IGNORED)
         if given.get("response_format") is not None and given.get("guided") is not None:
             raise InvalidRequestError("response_format, guided: both say what the reply is held to; give one of them")
-        if given.get("n", self.n) != 1:
-            n = given.get("n", self.n)
+        n = self.n if given.get("n") is None else given["n"]
+        if n != 1:
             raise InvalidRequestError(f"n={n}: a response carries one reply; use n=1, and best_of for the beams' width")
         return given
 

@@ -91,6 +91,8 @@ def _openai_call(identity: str | None, name: str, arguments: dict[str, Any] | st
 def _call_from_extra(call: Any) -> dict[str, Any]:
     plain = call if isinstance(call, dict) else call.model_dump()
     function = plain.get("function", plain)
+    if not isinstance(function, dict) or not function.get("name"):
+        raise InvalidRequestError(f"messages: the tool call {call!r:.80} in additional_kwargs has no name; give it one")
     return _openai_call(plain.get("id"), function["name"], function.get("arguments") or {})
 
 

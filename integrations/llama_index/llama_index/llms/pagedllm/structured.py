@@ -110,7 +110,7 @@ class StructuredPrediction(AdapterFields, FunctionCallingLLM):
         dispatcher.event(
             LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=prompt_args)
         )
-        await self._source().aget()
+        await self._source_of(llm_kwargs or {}).aget()
         output = _read(output_cls, await self.achat(**self._request(output_cls, prompt, llm_kwargs, prompt_args)))
         dispatcher.event(LLMStructuredPredictEndEvent(output=output))
         return output
@@ -137,7 +137,7 @@ class StructuredPrediction(AdapterFields, FunctionCallingLLM):
     ) -> AsyncGenerator[Model | list[Model] | FlexibleModel | list[FlexibleModel], None]:
         if self.pydantic_program_mode not in _HELD:
             return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)
-        await self._source().aget()
+        await self._source_of(llm_kwargs or {}).aget()
         return self._aobjects(output_cls, self._request(output_cls, prompt, llm_kwargs, prompt_args))
 
     def _objects(
@@ -169,7 +169,7 @@ class StructuredPrediction(AdapterFields, FunctionCallingLLM):
         """The arguments of the one chat call that a prediction makes."""
         messages = self._extend_messages(prompt.format_messages(llm=self, **prompt_args))
         given = {name: value for name, value in (llm_kwargs or {}).items() if name not in _DECIDED}
-        if not self.metadata.is_chat_model:
+        if not self._has_template(self._source_of(given).get()):
             given.setdefault("chat_template", _PLAIN_TEMPLATE)
         is_object = not issubclass(output_cls, RootModel)  # arguments are one
         if self.pydantic_program_mode is PydanticProgramMode.FUNCTION and is_object:
@@ -208,7 +208,7 @@ class _Parts:
 
     def _part(self, found: Any) -> BaseModel:
         try:
-            return self._class.model_validate(found)
+            return self._class.model_validate_json(json.dumps(found))
         except ValidationError:
             return self._flexible.model_validate(found if isinstance(found, dict) else {})
 
@@ -216,7 +216,7 @@ class _Parts:
 def _read(output_cls: type[Model], response: ChatResponse) -> Model:
     calls = _calls(response)
     if calls:
-        return output_cls.model_validate(calls[0].tool_kwargs)
+        return output_cls.model_validate_json(json.dumps(calls[0].tool_kwargs))
     text = response.message.content or ""
     try:
         json.loads(text)
