@@ -17,19 +17,30 @@ from datetime import datetime
 from typing import Any, NoReturn, cast
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import nodes, pass_environment
 from jinja2.ext import Extension
+from jinja2.filters import do_round, do_sum
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_STEPS = 500_000
 """Loop turns and calls in one rendering."""
 MAX_CHARACTERS = 16_000_000
 """Characters written in one rendering, and the length of any text or list made in it."""
+MAX_MADE = 32 * MAX_CHARACTERS
+"""Characters of all texts, and items of all lists, that are made on the way to it."""
 MAX_SECONDS = 10.0
+MAX_DIGITS = 100
+"""That a number is rounded to."""
 
 _GROWING_METHODS = frozenset({"center", "expandtabs", "join", "ljust", "replace", "rjust", "zfill"})
 _GROWING_FILTERS = frozenset({"batch", "center", "format", "indent", "join", "replace", "slice", "wordwrap"})
+# These make a text of whatever they are given.
+_TEXT_FILTERS = frozenset({
+    "capitalize", "e", "escape", "forceescape", "lower", "pprint", "safe", "string", "striptags", "title", "trim",
+    "truncate", "upper", "urlencode", "urlize", "wordcount",
+})  # fmt: skip
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -41,7 +52,7 @@ class Budget:
 
     def __init__(self) -> None:
         self._steps = 0
-        self._characters = 0
+        self._characters = self._made = 0
         self._deadline = time.monotonic() + MAX_SECONDS
 
     def step(self) -> None:
@@ -51,6 +62,12 @@ class Budget:
             raise TemplateLimitError(f"more than {MAX_STEPS} loop turns and calls")
         if self._steps % 1024 == 0 and time.monotonic() > self._deadline:
             raise TemplateLimitError(f"more than {MAX_SECONDS:g} s")
+
+    def make(self, size: int) -> None:
+        """Count the characters or items of a value that is about to be made."""
+        self._made += size
+        if self._made > MAX_MADE:
+            raise TemplateLimitError(f"texts and lists of more than {MAX_MADE} items in all")
 
     def write(self, characters: int) -> None:
         """Count written characters."""
@@ -105,9 +122,9 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "**":
             _check_size(_integer(left).bit_length() * abs(_integer(right)) // 3)
         elif operator == "*":
-            _check_size(_weight(left) * _weight(right) if isinstance(left, Sized) or isinstance(right, Sized) else 0)
+            _make(_weight(left) * _weight(right) if isinstance(left, Sized) or isinstance(right, Sized) else 0)
         elif operator == "+":
-            _check_size(sum(len(side) for side in (left, right) if isinstance(side, Sized)))
+            _make(sum(len(side) for side in (left, right) if isinstance(side, Sized)))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +166,10 @@ def _environment() -> _BoundedEnvironment:
     )
     for name in _GROWING_FILTERS:
         environment.filters[name] = _guarded(environment.filters[name])
+    for name in _TEXT_FILTERS:
+        environment.filters[name] = _measured(environment.filters[name])
     environment.filters.update(tojson=_to_json, _counted=_counted, _concatenated=_concatenated)
+    environment.filters.update(sum=_guarded_sum, round=_guarded_round)
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     del environment.globals["lipsum"]
     return environment
@@ -189,15 +209,14 @@ def _counted(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _concatenated(values: list[Any]) -> str:
-    texts = [str(value) for value in values]
-    _check_size(sum(map(len, texts)))
-    return "".join(texts)
+    _make(sum(_extent(value) for value in values))
+    return "".join(map(str, values))
 
 
 def _written(value: Any) -> Any:
     budget = _budget.get()
     if budget is not None:
-        budget.write(len(value) if isinstance(value, str) else 1)
+        budget.write(_extent(value))
     return value
 
 
@@ -212,6 +231,42 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return guarded
+
+
+def _measured(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        _step()
+        _make(sum(_extent(value) for value in args if not isinstance(value, jinja2.Environment | Context)))
+        return function(*args, **kwargs)
+
+    return measured
+
+
+@pass_environment
+def _guarded_sum(environment: jinja2.Environment, values: Any, attribute: Any = None, start: Any = 0) -> Any:
+    if not isinstance(start, int | float):  # lists are copied for each that is added
+        raise TemplateLimitError("sum: start has to be a number")
+    return do_sum(environment, values, attribute, start)
+
+
+def _guarded_round(value: Any, precision: int = 0, method: Any = "common") -> float:
+    if abs(_integer(precision)) > MAX_DIGITS:
+        raise TemplateLimitError(f"round: a precision of more than {MAX_DIGITS}")
+    return do_round(value, precision, method)
+
+
+def _extent(value: Any, known: dict[int, int] | None = None) -> int:
+    """At least how long a value's text is; what is in it several times counts as often."""
+    if isinstance(value, str):
+        return len(value)
+    if not isinstance(value, list | tuple | dict):
+        return 1
+    known = {} if known is None else known
+    if id(value) not in known:
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 2 + sum(_extent(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _integer(value: Any) -> int:
@@ -231,7 +286,7 @@ def _check_growth(*operands: Any) -> None:
     size = 1
     for operand in operands:
         size *= _weight(operand)
-    _check_size(size)
+    _make(size)
 
 
 def _check_format(text: str, values: Any) -> None:
@@ -239,6 +294,13 @@ def _check_format(text: str, values: Any) -> None:
     widths += [value for value in (values if isinstance(values, tuple) else (values,)) if isinstance(value, int)]
     if re.search(r"\d{19}", text) or (re.search(r"[%{]", text) and max(widths, default=0) > MAX_CHARACTERS):
         raise TemplateLimitError(f"a text of more than {MAX_CHARACTERS} characters")
+
+
+def _make(size: int) -> None:
+    _check_size(size)  # Jinja computes what is constant while it compiles, where there is no budget
+    budget = _budget.get()
+    if budget is not None:
+        budget.make(size)
 
 
 def _check_size(size: int) -> None:
@@ -254,7 +316,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own `tojson` escapes HTML, which a prompt must not have."""
-    _check_size(_integer(indent))
+    _make(_extent(value) + _integer(indent))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -115,7 +115,17 @@ def test_a_template_from_a_file(tmp_path):
         ChatTemplate(FakeTokenizer(), "nowhere.jinja")
 
 
+NESTED = "{% set n = namespace(a=['x' * 99]) %}{% for i in range(40) %}{% set n.a = [n.a, n.a] %}{% endfor %}"
 HOSTILE = {
+    "nested lists": NESTED + "{{ n.a }}",
+    "nested lists as text": NESTED + "{{ n.a | string | length }}",
+    "nested lists in JSON": NESTED + "{{ n.a | tojson | length }}",
+    "nested lists in a text": NESTED + "{{ ('' ~ n.a) | length }}",
+    "nested lists in capitals": NESTED + "{{ n.a | upper | length }}",
+    "many long texts": "{% set n = namespace(a=[]) %}{% for i in range(999) %}"
+    "{% set n.a = n.a + ['x' * 9999999] %}{% endfor %}",
+    "sum of lists": "{{ ([[1] * 20000] * 800) | sum(start=[]) | length }}",
+    "round": "{{ 1 | round(3000000, 'ceil') }}",
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
