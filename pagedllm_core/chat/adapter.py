@@ -315,7 +315,7 @@ class Call:
         )
         params = self.params
         added = engine.tokenizer.get_added_vocab()
-        tags = [reasoning.end if reasoning else "", written.begin.strip() if written else ""]
+        tags = [reasoning.end if reasoning else "", written.tag if written else ""]
         if any(token in tag for tag in tags if tag for token in added):
             params = params.model_copy(update={"skip_special_tokens": False})
         if params.guided is not None:

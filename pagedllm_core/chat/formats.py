@@ -10,7 +10,7 @@ from typing import TypeVar
 from pagedllm_core.errors import InvalidRequestError
 
 Format = TypeVar("Format")
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_HEAD = re.compile(r'\s*(?:\[\s*)?\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _CALL_ID = "[CALL_ID]"
 
 
@@ -38,6 +38,11 @@ class ToolFormat:
     separator: str
     arguments: str = "arguments"
     mark: str = ""
+
+    @property
+    def tag(self) -> str:
+        """The mark in `begin`, which no text holds: a list's bracket comes after it."""
+        return self.begin.strip().removesuffix("[")
 
     def head(self, name: str) -> str:
         """What is written before a call's arguments."""

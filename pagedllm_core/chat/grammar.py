@@ -92,7 +92,7 @@ class ReplyRules:
     @property
     def _tag(self) -> str:
         """What announces calls; empty where a brace at the beginning does."""
-        return self.format.begin.strip() if self.format else ""
+        return self.format.tag if self.format else ""
 
     def _answers(self) -> str | None:
         if self.schema is not None:

@@ -125,7 +125,7 @@ class ReplyReader:
             if self._held.lstrip().startswith("{"):
                 return self._tell_call(tools, last) if self.style.json else self._go("call", self._leading)
         elif tools is not None and self.style.json:
-            tag, rest = tools.begin.strip(), self._held.lstrip()
+            tag, rest = tools.tag, self._held.lstrip()
             if tag.startswith(rest[: len(tag)]) and len(rest) < len(tag) and not last:
                 return False
             self._plain = not rest.startswith(tag)
@@ -142,7 +142,7 @@ class ReplyReader:
 
     def _read_text(self, last: bool) -> bool:
         tools = self.style.tools
-        tag = tools.begin.strip() if tools and not self._plain else ""
+        tag = tools.tag if tools and not self._plain else ""
         place = self._held.find(tag) if tag else -1
         if place < 0:
             self._pass_rest("text", tag, last)
@@ -187,7 +187,7 @@ class ReplyReader:
             return self._read_arguments(last)
         if tools is not None and tools.mark:
             return self._skip_call(tools, last)
-        body = self._held.lstrip()
+        body = self._held.lstrip().removeprefix("[")
         try:
             value, end = json.JSONDecoder().raw_decode(body)
         except ValueError as error:
@@ -269,7 +269,7 @@ class ReplyReader:
             self._depth -= 1
 
     def _fail(self, text: str, error: str) -> None:
-        begin = self.style.tools.begin.strip() if self.style.tools else ""
+        begin = self.style.tools.tag if self.style.tools else ""
         self._pieces.append(Piece("invalid", begin + text.rstrip(), index=self._failed, error=error))
         self._failed += 1
 

@@ -305,7 +305,21 @@ def test_grammars_where_tags_are_plain_text(compiler, tools, reasoning):
     check_grammars(Grammars(compiler, tools, reasoning))
 
 
-@pytest.mark.parametrize("tools", [HERMES, MISTRAL_V11], ids=lambda one: one.name)
+@pytest.mark.parametrize("text", ["", "Sure."])
+def test_a_list_of_calls_may_stand_apart_from_its_mark(text):
+    """As the templates of Mistral 7B v0.3 and Small 3.1 write it."""
+    style = ReplyStyle(tools=MISTRAL, names=["add"])
+    calls = '{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}'
+    for reply in (f"{text}[TOOL_CALLS] [{calls}]", f"{text}[TOOL_CALLS][ {calls}]"):
+        assert read_reply(reply, style).content == text
+        assert [call.arguments for call in read_reply(reply, style).tool_calls] == [{"a": 1}, {"a": 2}]
+        reader = ReplyReader(style)
+        pieces = [piece for letter in reply for piece in reader.feed(letter)] + reader.finish()
+        assert collect(pieces).content == text
+        assert [call.arguments for call in collect(pieces).tool_calls] == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("tools", [HERMES, MISTRAL, MISTRAL_V11], ids=lambda one: one.name)
 def test_grammars_where_tags_are_added_tokens(tmp_path, tools):
     folder = BUNDLED if tools is HERMES else mistral_like(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
