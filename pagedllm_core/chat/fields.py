@@ -82,7 +82,7 @@ class AdapterFields(BaseModel):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further template variables.")
     reasoning: bool | None = Field(None, description="Ask the template for reasoning, or for none; None: its default.")
     tool_parser: str | None = Field(
-        None, description='Format of tool calls: "hermes", "llama3_json", "mistral", "mistral_v11", "json".'
+        None, description='Format of tool calls: "hermes", "llama3_json", "mistral", "mistral_v11", "granite", "json".'
     )
     reasoning_parser: str | None = Field(None, description='Format of reasoning: "think", "magistral".')
     parallel_tool_calls: bool | None = Field(

@@ -77,8 +77,9 @@ HERMES = ToolFormat("hermes", "<tool_call>\n", "\n</tool_call>", True, "\n")
 LLAMA = ToolFormat("llama3_json", "", "", True, "; ", "parameters")
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS][", "]", False, ", ")
 MISTRAL_V11 = ToolFormat("mistral_v11", "[TOOL_CALLS]", "", True, "", mark="[ARGS]")
+GRANITE = ToolFormat("granite", "<|tool_call|>[", "]", False, ", ")
 GENERIC = ToolFormat("json", "", "", True, "\n")
-TOOL_FORMATS = {one.name: one for one in (HERMES, LLAMA, MISTRAL, MISTRAL_V11, GENERIC)}
+TOOL_FORMATS = {one.name: one for one in (HERMES, LLAMA, MISTRAL, MISTRAL_V11, GRANITE, GENERIC)}
 _ALIASES = {
     "qwen": "hermes",
     "llama": "llama3_json",
@@ -125,6 +126,8 @@ def tool_format(template: str, given: str | None = None) -> ToolFormat:
         return HERMES
     if "[TOOL_CALLS]" in template:
         return MISTRAL_V11 if MISTRAL_V11.mark in template else MISTRAL
+    if GRANITE.tag in template:
+        return GRANITE
     if "<|python_tag|>" in template or ('"parameters"' in template and "ipython" in template):
         return LLAMA
     return GENERIC

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from pagedllm_core.chat.formats import (
     GENERIC,
+    GRANITE,
     HERMES,
     LLAMA,
     MAGISTRAL,
@@ -60,7 +61,7 @@ def names_and_arguments(reply: Reply) -> list[tuple[str, dict[str, Any]]]:
     return [(call.name, call.arguments) for call in reply.tool_calls]
 
 
-FORMATS = [HERMES, LLAMA, MISTRAL, MISTRAL_V11, GENERIC]
+FORMATS = [HERMES, LLAMA, MISTRAL, MISTRAL_V11, GRANITE, GENERIC]
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=lambda one: one.name)
@@ -335,6 +336,7 @@ def test_formats_are_found_in_templates():
     assert tool_format(V11) is tool_format(V13) is MISTRAL_V11
     assert tool_format("[TOOL_CALLS]", "mistral_v13") is tool_format("", "mistral_v11") is MISTRAL_V11
     assert tool_format('<|python_tag|> "parameters"') is LLAMA
+    assert tool_format("answer with <|tool_call|> and a list") is GRANITE
     assert tool_format("nothing") is GENERIC
     assert tool_format("<tool_call>", "mistral") is MISTRAL
     assert tool_format("", "qwen") is HERMES
