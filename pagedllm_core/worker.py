@@ -239,7 +239,8 @@ class EngineWorker:
 @functools.cache
 def _limit_forks() -> None:
     """In a child of a fork, torch's threads do not exist and are waited for all the same; it works with one."""
-    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def _failed_output(request_id: str, error: PagedLLMError) -> RequestOutput:

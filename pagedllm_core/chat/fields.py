@@ -257,7 +257,9 @@ class AdapterFields(BaseModel):
     @model_serializer(mode="wrap")
     def _with_engine(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Dumps carry the configuration of an injected engine, as pickles do."""
-        return dict(dump(self if self.engine is None else self._on_its_own()))
+        dumped = dict(dump(self._on_its_own()))
+        named = getattr(type(self), "class_name", None)  # LlamaIndex reads its dumps by it
+        return dumped if named is None else {**dumped, "class_name": named()}
 
     def _on_its_own(self) -> Self:
         """A copy that names what it needs of an injected engine, in place of the engine."""

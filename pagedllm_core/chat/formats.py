@@ -10,7 +10,7 @@ from typing import TypeVar
 from pagedllm_core.errors import InvalidRequestError
 
 Format = TypeVar("Format")
-_HEAD = re.compile(r'\s*(?:\[\s*)?\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _CALL_ID = "[CALL_ID]"
 
 
@@ -44,6 +44,11 @@ class ToolFormat:
         """The mark in `begin`, which no text holds: a list's bracket comes after it."""
         return self.begin.strip().removesuffix("[")
 
+    def body(self, text: str) -> str:
+        """What follows the mark, without the bracket of the list where calls stand in one."""
+        text = text.lstrip()
+        return text.removeprefix("[").lstrip() if self.begin.endswith("[") else text
+
     def head(self, name: str) -> str:
         """What is written before a call's arguments."""
         if self.mark:
@@ -61,9 +66,10 @@ class ToolFormat:
         Behind a bare name there may be an id, which is passed over: nothing says that it is unique.
         """
         if not self.mark:
-            head = _HEAD.match(text)
+            body = self.body(text)
+            head = _HEAD.match(body)
             try:
-                return None if head is None else (json.loads(head.group(1)), head.end())
+                return None if head is None else (json.loads(head.group(1)), len(text) - len(body) + head.end())
             except ValueError:  # an escape that JSON does not know
                 return None
         before, _, after = text.partition(self.mark)

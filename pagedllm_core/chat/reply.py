@@ -187,7 +187,7 @@ class ReplyReader:
             return self._read_arguments(last)
         if tools is not None and tools.mark:
             return self._skip_call(tools, last)
-        body = self._held.lstrip().removeprefix("[")
+        body = self._held.lstrip() if tools is None else tools.body(self._held)
         try:
             value, end = json.JSONDecoder().raw_decode(body)
         except ValueError as error:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, cast
 import jinja2
 from jinja2 import nodes, pass_environment
 from jinja2.ext import Extension
-from jinja2.filters import do_round, do_sum
+from jinja2.filters import do_round, do_sum, make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -245,9 +245,13 @@ def _measured(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pass_environment
 def _guarded_sum(environment: jinja2.Environment, values: Any, attribute: Any = None, start: Any = 0) -> Any:
-    if not isinstance(start, int | float):  # lists are copied for each that is added
-        raise TemplateLimitError("sum: start has to be a number")
-    return do_sum(environment, values, attribute, start)
+    if not isinstance(start, Sized):
+        return do_sum(environment, values, attribute, start)
+    total: Any = start
+    for value in values if attribute is None else map(make_attrgetter(environment, attribute), values):
+        _make(_weight(total) + _weight(value))  # lists are copied for each that is added
+        total = total + value
+    return total
 
 
 def _guarded_round(value: Any, precision: int = 0, method: Any = "common") -> float:

@@ -158,6 +158,8 @@ def _keep_to_budget(
         for row in rows:
             logits[row, chosen[row]] = -torch.inf
             guide = guides[row]
+            if guide is not None:
+                guide.refuse(chosen[row], rooms[row])
             if guide is not None and (attempt == MAX_REJECTIONS or float(logits[row].max()) == -torch.inf):
                 force(logits[row], guide.way_on)
         tokens[rows] = sample(logits[rows], [draws[row] for row in rows])

@@ -83,6 +83,9 @@ def _candidates(
         if not wrong:
             return candidates
         for one in wrong:
+            guide = guides[one.parent]
+            if guide is not None and one.token == int(logprobs[one.parent].argmax()):  # of a beam, what it would do
+                guide.refuse(one.token, room)
             logprobs[one.parent, one.token] = -torch.inf
         for number in {one.parent for one in wrong}:
             guide = guides[number]

@@ -171,7 +171,7 @@ class Guide:
         closing: Tokens that complete the output.
         may_end: Whether an end token may be generated where the output is complete.
         forced: Tokens that come next, whatever the logits say.
-        shortened: Whether a token was refused because the budget left no room to complete the output after it.
+        shortened: Whether a wanted token was refused because the budget left no room to complete the output after it.
     """
 
     vocabulary: Vocabulary
@@ -232,8 +232,12 @@ class Guide:
             room: Tokens of the budget that are left once it is taken.
         """
         closing = self._after(token)
-        self.shortened = self.shortened or (closing is not None and len(closing) > room)
         return closing is not None and len(closing) <= room
+
+    def refuse(self, token: int, room: int) -> None:
+        """Note that a token which was wanted is not taken, as it does not `fit`."""
+        closing = self._after(token)
+        self.shortened = self.shortened or (closing is not None and len(closing) > room)
 
     def _after(self, token: int) -> list[int] | None:
         if token in self._known:

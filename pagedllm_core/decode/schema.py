@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,9 +58,11 @@ def escapes(prepared: dict[str, Any]) -> dict[str, Any]:
     """What llguidance has to be told of escapes in texts.
 
     Where an object may have more keys than it lists, none is written by the numbers of its characters: it may be a
-    listed one, once more, with a value of another kind.
+    listed one, once more, with a value of another kind. A schema that names characters which can be written in no other
+    way keeps the numbers.
     """
-    return {"json_allowed_escapes": 'nrbtf\\"'} if _is_open(prepared) else {}
+    named = re.search(r"\\u00|\\\\[xu]|\\\\c", json.dumps(prepared, ensure_ascii=False))
+    return {} if named or not _is_open(prepared) else {"json_allowed_escapes": 'nrbtf\\"'}
 
 
 def _is_open(schema: Any) -> bool:

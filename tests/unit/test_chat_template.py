@@ -161,6 +161,11 @@ HOSTILE = {
 }
 
 
+def test_lists_may_be_added_up():
+    template = "{{ [[1], [2, 3], []] | sum(start=[]) }}{{ [{'a': 1}, {'a': 2}] | sum(attribute='a') }}"
+    assert ChatTemplate(None, template).render(CHAT) == "[1, 2, 3]3"
+
+
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
 def test_a_template_cannot_run_away(source):
     with pytest.raises(InvalidRequestError, match="chat_template: "):

@@ -12,7 +12,7 @@ import pytest
 
 from pagedllm_core import LLM, GuidedParams, SamplingParams
 from pagedllm_core.decode import grammar as grammar_module
-from pagedllm_core.decode.schema import prepare_schema
+from pagedllm_core.decode.schema import escapes, prepare_schema
 from pagedllm_core.errors import ContextLengthError, InvalidRequestError
 from pagedllm_core.outputs import RequestOutput
 
@@ -256,6 +256,24 @@ def test_a_listed_key_does_not_come_again_in_other_letters(llm: LLM, more: dict[
         grammar = llm.engine._worker.core.intake.grammars.compile(GuidedParams(json=schema))
         ids = [one for letter in text for one in grammar.vocabulary.tokenizer.tokenize_str(letter)]
         assert grammar.vocabulary.completes(grammar.matcher, ids) == (wanted == "other")
+
+
+@pytest.mark.parametrize("text", ["x\x01y", "\x1b[0m", "Zoë"])
+@pytest.mark.parametrize("keyword", ["const", "enum", "pattern"])
+def test_characters_that_have_to_be_escaped(llm: LLM, keyword: str, text: str) -> None:
+    value = {"const": text, "enum": [text], "pattern": f"^{re.escape(text)}$"}[keyword]
+    kind = {"type": "string"} if keyword == "pattern" else {}
+    schema = {"properties": {"a": {**kind, keyword: value}}, "required": ["a"], "additionalProperties": True}
+    assert json.loads(run(llm, guided(120, json=schema)).outputs[0].text)["a"] == text
+    assert bool(escapes(schema)) == (text == "Zoë")
+
+
+def test_a_beam_that_is_not_taken_shortens_nothing(llm: LLM) -> None:
+    pattern, first = "(blue|red and green and yellow and black)", llm.get_tokenizer().encode("blue")[0]
+    how = {"use_beam_search": True, "best_of": 2, "n": 1, "logit_bias": {first: 20.0}}
+    for limit in (200, 5):
+        completion = run(llm, guided(limit, regex=pattern, **how)).outputs[0]
+        assert (completion.text, completion.finish_reason) == ("blue", "stop")
 
 
 def test_a_demanded_key_that_is_not_listed(llm: LLM) -> None:

@@ -311,7 +311,9 @@ def test_a_list_of_calls_may_stand_apart_from_its_mark(text):
     """As the templates of Mistral 7B v0.3 and Small 3.1 write it."""
     style = ReplyStyle(tools=MISTRAL, names=["add"])
     calls = '{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}'
-    for reply in (f"{text}[TOOL_CALLS] [{calls}]", f"{text}[TOOL_CALLS][ {calls}]"):
+    turned = calls.replace('{"name": "add", "arguments": {"a": 1}}', '{"arguments": {"a": 1}, "name": "add"}')
+    listed = (f" [{calls}]", f"[ {calls}]", f"[ {turned}]", f"[\n  {turned}\n]")
+    for reply in (f"{text}[TOOL_CALLS]{written_so}" for written_so in listed):
         assert read_reply(reply, style).content == text
         assert [call.arguments for call in read_reply(reply, style).tool_calls] == [{"a": 1}, {"a": 2}]
         reader = ReplyReader(style)

@@ -78,7 +78,9 @@ def _convert_message(message: BaseMessage) -> list[dict[str, Any]]:
 def _assistant(message: AIMessage) -> dict[str, Any]:
     converted: dict[str, Any] = {"role": "assistant", "content": _text(message.content, separator="")}
     calls: list[tuple[Any, Any, Any]] = [(call["id"], call["name"], call["args"]) for call in message.tool_calls]
-    calls += [(call["id"], call["name"], call["args"]) for call in message.invalid_tool_calls if call["name"]]
+    for wrong in message.invalid_tool_calls:
+        if wrong["name"]:
+            calls.append((wrong["id"], wrong["name"], {"arguments": wrong["args"] or ""}))
     known = {identity for identity, _, _ in calls}
     for block in message.content if isinstance(message.content, list) else []:
         if isinstance(block, dict) and block.get("type") in _CALL_BLOCKS and block.get("id") not in known:

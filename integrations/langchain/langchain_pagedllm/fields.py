@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
 from langchain_core.utils import secret_from_env
 from pydantic import Field, SecretStr
 
@@ -40,6 +41,10 @@ class PagedModel(AdapterFields):
     def is_lc_serializable(cls) -> bool:
         """Dumps hold the configuration; the engine stays out."""
         return True
+
+    def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
+        """What dumps hold; the configuration of an engine that was given, too."""
+        return super().to_json() if self.engine is None else self._on_its_own().to_json()  # type: ignore[misc]
 
     def _hub_token(self) -> str | None:
         return None if self.hf_token is None else self.hf_token.get_secret_value()

@@ -92,6 +92,9 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
         """This model with the fields that one call gives, and what else that gives."""
         given = self._by_own_names(given)
         fields = {name: given.pop(name) for name in (*SAMPLING_FIELDS, "logprobs", "top_logprobs") if name in given}
+        if given.get("model") not in (None, self.model):
+            kept = {name: value for name, value in self.engine_kwargs.items() if name != "tokenizer"}
+            fields |= {"model": given.pop("model"), "engine": None, "revision": None, "engine_kwargs": kept}
         return (self.model_copy(update=fields) if fields else self), given
 
     def _generate(

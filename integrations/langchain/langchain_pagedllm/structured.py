@@ -15,7 +15,7 @@ from langchain_core.output_parsers import (
     PydanticToolsParser,
 )
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-from langchain_core.tools import BaseTool
+from langchain_core.tools import BaseTool, Tool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 
 from pagedllm_core.chat.schemas import class_schema, is_class, without_sets
@@ -72,6 +72,8 @@ def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
         raise InvalidRequestError(f"tools: {tool!r:.80} does not describe a tool ({reason})") from error
     if not isinstance(tool, Mapping):  # Python makes a set of what it reads
         converted = without_sets(converted)
+    if isinstance(tool, Tool) and not tool.args_schema:  # one text, whatever its function's signature says
+        return converted
     described = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
     if is_class(described) or described is not tool:
         schema = _json_schema(described)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
+from langchain_core.load import dumps, loads
 from langchain_pagedllm import ChatPagedLLM, PagedLLM
 from pydantic import BaseModel
 
 from pagedllm_core import AsyncEngine
-from pagedllm_core.errors import InvalidRequestError
+from pagedllm_core.errors import InvalidRequestError, ModelLoadError
 
 TINY = Path(__file__).parents[3] / "pagedllm_core" / "bundled" / "tiny"
 MODELS = pytest.mark.parametrize("kind", [ChatPagedLLM, PagedLLM])
@@ -73,6 +74,24 @@ def test_schemas_of_one_name_are_two() -> None:
     first, second = (chat.bind(response_format=made(**{name: bool})).invoke("Hi").content for name in "ab")
     assert '"a"' in first
     assert '"b"' in second
+
+
+def test_dumps_name_what_a_given_engine_is(engines: list[AsyncEngine]) -> None:
+    made = loads(
+        dumps(ChatPagedLLM(engine=engines[1])),
+        allowed_objects=[ChatPagedLLM],
+        valid_namespaces=["langchain_pagedllm"],
+    )
+    assert (made.engine_config().model, made.engine_config().max_model_len) == (str(TINY), 64)
+
+
+def test_completions_of_another_model_are_others(tmp_path: Path) -> None:
+    model = PagedLLM(model="tiny", cache=InMemoryCache(), max_tokens=2)
+    model.invoke("Hello")
+    with pytest.raises(ModelLoadError, match="nowhere"):
+        model.invoke("Hello", model=str(tmp_path / "nowhere"))
+    other = model.with_config(tags=["x"]).invoke("Hello", model=str(TINY))
+    assert other == model.invoke("Hello", model_name=str(TINY))
 
 
 def test_another_model_per_call_has_its_own_files() -> None:

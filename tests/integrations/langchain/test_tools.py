@@ -20,7 +20,7 @@ from langchain_core.exceptions import (
 )
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
-from langchain_core.tools import tool
+from langchain_core.tools import Tool, tool
 from langchain_pagedllm import ChatPagedLLM
 from langchain_pagedllm.convert import to_template_messages
 from pydantic import BaseModel, Field, RootModel
@@ -146,6 +146,12 @@ class Twig(BaseModel):
 def plant(root: Twig) -> str:
     """Plant a tree."""
     return root.name
+
+
+def test_a_tool_of_one_text(chat):
+    search = Tool(name="search", func=lambda text: f"found {text}", description="Search.")
+    (call,) = chat.bind_tools([search], tool_choice="search").invoke(QUESTION).tool_calls
+    assert search.invoke(call["args"]).startswith("found ")
 
 
 class Paid(BaseModel):

@@ -48,6 +48,11 @@ def test_a_given_engine_names_the_model(engine: AsyncEngine, folder: str) -> Non
     assert PagedLLM(engine=engine).to_dict() != PagedLLM().to_dict()
 
 
+def test_dumps_name_the_class() -> None:
+    llm = PagedLLM(model="tiny")
+    assert llm.model_dump()["class_name"] == llm.to_dict()["class_name"] == "PagedLLM"
+
+
 def test_what_a_template_in_a_file_can_do(tmp_path: Path) -> None:
     (tmp_path / "named_tools.jinja").write_text(PLAIN)
     for template in (PLAIN, str(tmp_path / "named_tools.jinja")):
