@@ -25,14 +25,14 @@ EARLY = {
     "repeat": 0.16,
 }
 LATE = {
-    "context": 0.23,
+    "context": 0.21,
     "leaflets": 0.12,
     "lookup": 0.02,
     "recite": 0.01,
-    "tools": 0.17,
-    "json": 0.33,
-    "memory": 0.07,
-    "talk": 0.02,
+    "tools": 0.20,
+    "json": 0.30,
+    "memory": 0.06,
+    "talk": 0.05,
     "repeat": 0.03,
 }
 

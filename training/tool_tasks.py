@@ -68,6 +68,14 @@ def gloss(rng: Rng) -> str:
     return rng.choice([f" ({words})", f" ({words}) - a {v.adjective(rng)} {v.noun(rng)}", f" (in English: {words})"])
 
 
+APART = 0.25
+"""Share of the requests whose arguments stand in sentences of their own: that makes no second request."""
+_TOLD = [
+    "{k}: {v}.", "Take {v} as {k}.", "Use {v} for the {k}.", "{v} is its {k}.", 'Let the {k} be "{v}".', "It has the {k} {v}.",
+    "For the {k} I want '{v}'.", "As {k}, write {v}!",
+]  # fmt: skip
+
+
 class ToolMaker:
     """Makes random tools, requests for them and results; subclasses may change the words."""
 
@@ -150,9 +158,14 @@ class ToolMaker:
                 "Let us {a} the {t}",
             ]
         )
-        text = " ".join([start.format(a=tool["action"], t=tool["topic"]), *parts])
+        asked = start.format(a=tool["action"], t=tool["topic"])
         ending = "?" if start.startswith(("What", "Can", "How", "Could")) else rng.choice([".", "", " please."])
-        return capital(text) + ending
+        if parts and rng.random() < APART:
+            told = [rng.choice(_TOLD).format(k=key, v=arguments[key]) for key, *_ in tool["params"]]
+            return " ".join(
+                [capital(asked) + (ending if ending.strip() else "."), *map(capital, rng.sample(told, len(told)))]
+            )
+        return capital(" ".join([asked, *parts])) + ending
 
     @staticmethod
     def group(key: str, kind: str) -> str:
