@@ -248,18 +248,12 @@ class AdapterFields(BaseModel):
         )
         names = (*own, *ENGINE_FIELDS, *SAMPLING_FIELDS)
         found = {name: value for name in names if (value := getattr(self, name, None)) is not None}
-        return found if self.engine is None else {**found, "engine": self._engine_identity()}
-
-    def _engine_identity(self) -> str:
-        """The configuration of the given engine."""
-        return str(self.engine.config.model_dump_json())
+        return found if self.engine is None else {**found, "engine": self.engine.config.model_dump_json()}
 
     @model_serializer(mode="wrap")
     def _with_engine(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Dumps carry the configuration of an injected engine, as pickles do."""
-        dumped = dict(dump(self._on_its_own()))
-        named = getattr(type(self), "class_name", None)  # LlamaIndex reads its dumps by it
-        return dumped if named is None else {**dumped, "class_name": named()}
+        return dict(dump(self._on_its_own()))
 
     def _on_its_own(self) -> Self:
         """A copy that names what it needs of an injected engine, in place of the engine."""

@@ -68,11 +68,10 @@ class ChatPagedLLM(AllAtOnce, PagedModel, BaseChatModel):
         return self._identity()
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        # What a cache knows a call by: a class by its schema, and an engine that was given, which no dump holds.
+        # A cache would know a class by its name alone.
         if is_class(kwargs.get("response_format")):
             kwargs["response_format"] = class_schema(kwargs["response_format"])
-        told = super()._get_llm_string(stop=stop, **kwargs)
-        return told if self.engine is None else f"{told}---{self._engine_identity()}"
+        return super()._get_llm_string(stop=stop, **kwargs)
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:

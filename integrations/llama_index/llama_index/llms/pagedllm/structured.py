@@ -13,7 +13,7 @@ from llama_index.core.program.function_program import get_function_tool
 from llama_index.core.program.utils import FlexibleModel, create_flexible_model
 from llama_index.core.types import Model, PydanticProgramMode
 from llama_index_instrumentation import get_dispatcher
-from pydantic import BaseModel, RootModel, ValidationError
+from pydantic import BaseModel, RootModel, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic_core import from_json
 
 from pagedllm_core.chat.fields import AdapterFields
@@ -53,6 +53,11 @@ class StructuredPrediction(AdapterFields, FunctionCallingLLM):
     With `PydanticProgramMode.DEFAULT` the reply is JSON of that schema; with `FUNCTION` it is a call of a tool that
     takes it, so that the model is shown the schema. Other modes are left to LlamaIndex.
     """
+
+    @model_serializer(mode="wrap")
+    def _with_engine(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dumps as in `AdapterFields`, with the name of the class, by which LlamaIndex reads them."""
+        return {**dump(self._on_its_own()), "class_name": self.class_name()}
 
     @dispatcher.span
     def structured_predict(
