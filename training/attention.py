@@ -13,6 +13,7 @@ starts, and then what comes next; a value of a JSON answer has to be found by it
     layer 3   the beginning of an answer -> the question, or the key before a value
     layer 3   a value in a text          -> its key, where that stands before it
     layer 4   the beginning of an answer -> the sentence of the answer, or the value
+    layer 6   the last two steps again   -> with what the layers between have found out
 
 The loss is minus the logarithm of the attention which the right place gets; the model itself stays a plain Llama.
 """
@@ -20,7 +21,7 @@ The loss is minus the logarithm of the attention which the right place gets; the
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,18 +43,33 @@ class Kind(IntEnum):
     OWNER = 8
 
 
-# layer and head of each kind, and the weight of its loss
-HEADS = {
-    Kind.PREVIOUS: (0, 0, 0.03),
-    Kind.START: (1, 0, 0.05),
-    Kind.MATCH: (2, 2, 0.15),
-    Kind.COPY: (2, 0, 0.15),
-    Kind.GATHER: (3, 0, 0.05),
-    Kind.POINT: (4, 1, 0.2),
-    Kind.BEGIN: (1, 2, 0.08),
-    Kind.OWNED: (1, 3, 0.05),
-    Kind.OWNER: (3, 2, 0.08),
-}
+class Head(NamedTuple):
+    """A taught head, and the weight of its loss."""
+
+    kind: Kind
+    layer: int
+    index: int
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """What the training curve calls it."""
+        return f"{self.kind.name.lower()}_{self.layer}"
+
+
+HEADS = (
+    Head(Kind.PREVIOUS, 0, 0, 0.03),
+    Head(Kind.START, 1, 0, 0.05),
+    Head(Kind.MATCH, 2, 2, 0.15),
+    Head(Kind.COPY, 2, 0, 0.15),
+    Head(Kind.GATHER, 3, 0, 0.05),
+    Head(Kind.POINT, 4, 1, 0.2),
+    Head(Kind.BEGIN, 1, 2, 0.08),
+    Head(Kind.OWNED, 1, 3, 0.05),
+    Head(Kind.OWNER, 3, 2, 0.08),
+    Head(Kind.COPY, 6, 0, 0.1),
+    Head(Kind.POINT, 6, 1, 0.15),
+)
 
 # position of the query, first and last + 1 position of the place it should look at
 Target = tuple[Kind, int, int, int]
@@ -102,7 +118,7 @@ class Watcher:
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.attention: dict[int, Any] = {}
         self.inputs: dict[int, dict[str, Any]] = {}
-        for layer, _, _ in HEADS.values():
+        for layer in {head.layer for head in HEADS}:
             self.attention[layer] = model.model.layers[layer].self_attn
             self.attention[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True)
 
@@ -112,19 +128,18 @@ class Watcher:
 
         return hook
 
-    def log_mass(self, kind: Kind, targets: Tensor) -> Tensor:
-        """The logarithm of the attention that the head of a kind gives to each target, float32 [targets].
+    def log_mass(self, head: Head, targets: Tensor) -> Tensor:
+        """The logarithm of the attention that a head gives to each target, float32 [targets].
 
         `targets` holds row, position of the query, first and last + 1 position of the place, int64 [targets, 4].
         """
-        layer, head, _ = HEADS[kind]
-        attention = self.attention[layer]
-        hidden: Tensor = self.inputs[layer]["hidden_states"]
-        cos, sin = self.inputs[layer]["position_embeddings"]
+        attention, index = self.attention[head.layer], head.index
+        hidden: Tensor = self.inputs[head.layer]["hidden_states"]
+        cos, sin = self.inputs[head.layer]["position_embeddings"]
         rows, positions, starts, ends = targets.T
         size, length = attention.head_dim, hidden.shape[1]
-        group = head * attention.config.num_key_value_heads // attention.config.num_attention_heads
-        query = hidden @ attention.q_proj.weight[head * size : (head + 1) * size].T
+        group = index * attention.config.num_key_value_heads // attention.config.num_attention_heads
+        query = hidden @ attention.q_proj.weight[index * size : (index + 1) * size].T
         key = hidden @ attention.k_proj.weight[group * size : (group + 1) * size].T
         query, key = apply_rotary_pos_emb(query[:, None], key[:, None], cos, sin)
         scores = (query[:, 0] @ key[:, 0].transpose(-1, -2))[rows, positions] * size**-0.5
@@ -133,11 +148,9 @@ class Watcher:
         inside = (place >= starts[:, None]) & (place < ends[:, None])
         return scores.masked_fill(~inside, float("-inf")).logsumexp(-1) - scores.logsumexp(-1)
 
-    def losses(self, targets: list[tuple[int, Target]]) -> dict[Kind, Tensor]:
-        """For each kind that occurs: minus the mean logarithm of the attention to its targets."""
-        result = {}
-        for kind in HEADS:
-            chosen = [(row, *target[1:]) for row, target in targets if target[0] == kind]
-            if chosen:
-                result[kind] = -self.log_mass(kind, torch.tensor(chosen)).mean()
-        return result
+    def losses(self, targets: list[tuple[int, Target]]) -> dict[Head, Tensor]:
+        """For each head whose kind occurs: minus the mean logarithm of the attention to its targets."""
+        chosen = {kind: [(row, *place) for row, (found, *place) in targets if found == kind] for kind in Kind}
+        return {
+            head: -self.log_mass(head, torch.tensor(chosen[head.kind])).mean() for head in HEADS if chosen[head.kind]
+        }

@@ -136,6 +136,24 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tens
     return (losses * weight).sum() / weight.sum(), learnt
 
 
+def start_from(model: LlamaForCausalLM, given: LlamaForCausalLM) -> None:
+    """Takes the weights of a model with as many layers or fewer; what it lacks changes nothing at first.
+
+    Each layer that is added begins as a copy of one of the last given ones whose outputs are zero, so that the deeper model
+    computes the same. Source: Gong et al., "Efficient Training of BERT by Progressively Stacking" (2019); the zeros
+    are those of Wu et al., "LLaMA Pro" (2024).
+    """
+    weights = given.state_dict()
+    layers, deeper = given.config.num_hidden_layers, model.config.num_hidden_layers
+    for layer in range(layers, deeper):
+        source = f"model.layers.{layer - (deeper - layers)}."
+        for name in [name for name in weights if name.startswith(source)]:
+            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            copied = torch.zeros_like(weights[name]) if is_output else weights[name].clone()
+            weights[f"model.layers.{layer}.{name.removeprefix(source)}"] = copied
+    model.load_state_dict(weights)
+
+
 class Trainer:
     """Model, optimisers and the state of one run."""
 
@@ -160,9 +178,7 @@ class Trainer:
         if arguments.resume and (self.run / "checkpoint.pt").exists():
             self.load()
         elif arguments.weights:
-            self.model.load_state_dict(
-                LlamaForCausalLM.from_pretrained(arguments.weights, dtype=torch.float32).state_dict()
-            )
+            start_from(self.model, LlamaForCausalLM.from_pretrained(arguments.weights, dtype=torch.float32))
         if arguments.elapsed is not None:
             self.elapsed = arguments.elapsed * 60
         self.renew_batches()
@@ -220,9 +236,9 @@ class Trainer:
         ids, weights, targets = self.batches.batch(progress)
         with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             loss, learnt = loss_of(self.model, ids, weights)
-        for kind, part in self.watcher.losses(targets).items():
-            self.attention[kind] = 0.97 * self.attention[kind] + 0.03 * part.item()
-            loss = loss + HEADS[kind][2] * (1 - progress) * part
+        for head, part in self.watcher.losses(targets).items():
+            self.attention[head] = 0.97 * self.attention[head] + 0.03 * part.item()
+            loss = loss + head.weight * (1 - progress) * part
         loss.backward()
         self.sum_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -274,7 +290,7 @@ class Trainer:
             if self.step % 25 == 0 and self.rank == 0:
                 speed = (self.tokens - first) / (now - begin)
                 record = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "loss": round(mean, 4)}
-                attention = {kind.name.lower(): round(value, 3) for kind, value in self.attention.items()}
+                attention = {head.name: round(value, 3) for head, value in self.attention.items()}
                 self.write({**record, **attention, "tokens": self.tokens, "tokens_per_second": round(speed)})
             if self.step % 100 == 0 and self.rank == 0:
                 self.save()
