@@ -20,6 +20,7 @@ from pagedllm_core.errors import (
     PagedLLMError,
     RequestTimeoutError,
     as_failure,
+    is_out_of_memory,
 )
 from pagedllm_core.intake import Intake, Prompt
 from pagedllm_core.kv.pool import BlockPool
@@ -296,7 +297,8 @@ class Engine:
     def _recover(self, batch: ScheduledBatch, error: BaseException, suspect: Request | None) -> None:
         """A step failed: everybody is rewound, and the requests of the step are then tried one at a time.
 
-        Where it was interrupted (Ctrl-C), nobody is to blame: all go on in the next step, if there is one.
+        Where it was interrupted (Ctrl-C), nobody is to blame: all go on in the next step, if there is one. Where memory
+        was short, neither: all go on in smaller steps.
 
         Rewinding costs little, as blocks sealed in earlier steps are found again in the prefix cache.
         """
@@ -312,6 +314,9 @@ class Engine:
                 if not request.active:
                     self._settle(request)
             raise error
+        if is_out_of_memory(error) and self.scheduler.shrink(batch):
+            logger.warning("%s; steps hold at most %d tokens now", error, self.scheduler.max_num_batched_tokens)
+            return
         if suspect is not None:
             logger.warning("request %r failed alone: %s: %s", suspect.request_id, type(error).__name__, error)
             self._fail(suspect, as_failure(suspect.request_id, error))

@@ -9,6 +9,8 @@ NO_TOKEN = (
     "logit_bias and logits_processors together exclude every token"
 )
 
+_MEMORY_IS_SHORT = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+
 
 class PagedLLMError(Exception):
     """Root of every error PagedLLM raises on purpose."""
@@ -78,6 +80,13 @@ def check_unicode(field: str, text: str) -> None:
         raise InvalidRequestError(f"{field}: is not valid Unicode ({error}); remove lone surrogates") from None
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True where an error says that memory is short; what lies under torch says so in a RuntimeError's text."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _MEMORY_IS_SHORT)
+
+
 def as_failure(request_id: str, error: Exception) -> PagedLLMError:
     """What the owner of a failed request gets: the error itself if it is typed, else one that names it.
 
@@ -88,8 +97,7 @@ def as_failure(request_id: str, error: Exception) -> PagedLLMError:
     error = error.with_traceback(None)
     if isinstance(error, PagedLLMError):
         return error
-    memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
-    advice = "; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory" if memory else ""
+    advice = "; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory" if is_out_of_memory(error) else ""
     failure = RequestFailedError(f"request {request_id!r} failed: {type(error).__name__}: {error}{advice}")
     failure.__cause__ = error
     return failure

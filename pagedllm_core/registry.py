@@ -8,7 +8,7 @@ from typing import Any
 
 from pagedllm_core.async_engine import AsyncEngine, open_engines
 from pagedllm_core.config import EngineConfig
-from pagedllm_core.errors import CapacityError, ModelLoadError
+from pagedllm_core.errors import CapacityError, ModelLoadError, is_out_of_memory
 
 logger = logging.getLogger("pagedllm")
 
@@ -47,9 +47,7 @@ def _load(config: EngineConfig) -> AsyncEngine:
         try:
             return AsyncEngine(config)
         except (CapacityError, ModelLoadError) as error:
-            if not isinstance(error.__cause__, MemoryError) and type(error.__cause__).__name__ != "OutOfMemoryError":
-                raise
-            if not _evict_idle():
+            if not is_out_of_memory(error.__cause__) or not _evict_idle():
                 raise
 
 

@@ -8,6 +8,8 @@ that costs less (SOSP 2023 "PagedAttention", section 4.5).
 
 Progress: the oldest running request always advances, because everything younger is preempted before it would wait; a
 request that is alone and still does not fit is reported as exhausted.
+
+A step that the device's memory does not hold is tried again half as large, and steps grow again later (`shrink`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pagedllm_core.kv.pool import BlockPool
 from pagedllm_core.queue import POLICIES
 from pagedllm_core.request import Request, RequestState, Sequence
 
+GOOD_STEPS = 256  # steps that fit, after which steps may be twice as large again
 PROMPT_LOGPROBS_CHUNK = 256  # bounds the logits of a prompt that is being scored: 256 rows of the vocabulary
 
 
@@ -49,6 +52,8 @@ class Scheduler:
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._configured = (max_num_seqs, max_num_batched_tokens)  # both are lower while memory is short
+        self._good_steps = 0
         self.waiting = POLICIES[policy]()
         self.running: list[Request] = []  # in the order of `waiting.order`: who is last is preempted first
         self.num_preemptions = 0
@@ -88,6 +93,29 @@ class Scheduler:
         """The step succeeded: what it sealed and what it swapped out can be relied on."""
         self.pool.commit()
         self.swap.commit()
+        if (self.max_num_seqs, self.max_num_batched_tokens) != self._configured:
+            self._good_steps += 1
+            if self._good_steps == GOOD_STEPS:
+                self._limit(2 * self.max_num_batched_tokens)
+
+    def shrink(self, batch: ScheduledBatch) -> bool:
+        """A step does not fit into the device's memory: no step is more than half as large for a while.
+
+        Its requests must be preempted; they are admitted again as far as the limit allows, the others wait.
+
+        Returns:
+            False where the step cannot be smaller: one request, of whose sequences each computes one token.
+        """
+        if len({row.request for row in batch.rows}) <= 1 and all(row.end - row.start == 1 for row in batch.rows):
+            return False
+        self._limit(batch.num_tokens // 2)
+        return True
+
+    def _limit(self, tokens: int) -> None:
+        """Steps of at most this many tokens, and sequences, from now on, and no more than is configured."""
+        sequences, most = self._configured
+        self.max_num_batched_tokens, self.max_num_seqs = min(most, tokens), min(sequences, tokens)
+        self._good_steps = 0
 
     def withdraw(self) -> None:
         """The step failed: nobody finds what it sealed or swapped out. Running requests must be preempted, too."""
@@ -254,7 +282,8 @@ class Scheduler:
                 if only.state is not RequestState.WAITING:
                     return
                 request = only
-            if request.seats > seats or not self._fits(batch, request):
+            # A group that is larger than a shrunk step takes its steps alone.
+            if (request.seats > seats and self.running) or not self._fits(batch, request):
                 return
             seats -= request.seats
             self.waiting.remove(request)
@@ -278,7 +307,7 @@ class Scheduler:
         # All of its sequences take the next step together, and each may need a new block for it.
         rows, needed = len(request.active), blocks + len(request.active)
         if needed <= self.pool.num_available:
-            return batch.num_tokens + rows <= self.max_num_batched_tokens
+            return not self.running or batch.num_tokens + rows <= self.max_num_batched_tokens
         return not self.running
 
     def _start(self, request: Request) -> None:
