@@ -59,6 +59,9 @@ class NoModel:
     def swap_out(self, moves: list[tuple[int, int]]) -> None:
         """Never called."""
 
+    def check_device(self) -> None:
+        """No device fails."""
+
     def swap_in(self, moves: list[tuple[int, int]]) -> None:
         """Never called."""
 

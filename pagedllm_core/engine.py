@@ -146,6 +146,9 @@ class Engine:
 
         Where the device samples, this launches a step and reads the one before. Never raises for a request's sake: a
         request that failed is returned once, finished, with `error` set.
+
+        Raises:
+            EngineClosedError: The device has failed for the whole process.
         """
         self._expire()
         if self._flight is not None:
@@ -300,6 +303,9 @@ class Engine:
         Where it was interrupted (Ctrl-C), nobody is to blame: all go on in the next step, if there is one. Where memory
         was short, neither: all go on in smaller steps.
 
+        Raises:
+            EngineClosedError: The device computes no more.
+
         Rewinding costs little, as blocks sealed in earlier steps are found again in the prefix cache.
         """
         self.scheduler.withdraw()
@@ -317,6 +323,7 @@ class Engine:
         if is_out_of_memory(error) and self.scheduler.shrink(batch):
             logger.warning("%s; steps hold at most %d tokens now", error, self.scheduler.max_num_batched_tokens)
             return
+        self.runner.check_device()
         if suspect is not None:
             logger.warning("request %r failed alone: %s: %s", suspect.request_id, type(error).__name__, error)
             self._fail(suspect, as_failure(suspect.request_id, error))

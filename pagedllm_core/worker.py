@@ -157,22 +157,27 @@ class EngineWorker:
                     self._deliver(self.core.step())
                     self._abort_abandoned()
             self.error = EngineClosedError("the engine was closed; make a new one (get_engine does so by itself)")
+        except EngineClosedError as error:
+            logger.error("the engine ends: %s", error)
+            self._fail_all(error.with_traceback(None))
         except BaseException as error:
             logger.exception("the engine's thread died")
-            self.error = EngineClosedError(
-                f"the engine died: {type(error).__name__}: {error}; close it and make a new one"
-            )
+            reason = f"the engine died: {type(error).__name__}: {error}; close it and make a new one"
+            self._fail_all(EngineClosedError(reason))
         finally:
             self._shut()
 
+    def _fail_all(self, error: PagedLLMError) -> None:
+        self.error = error
+        self._deliver([_failed_output(request_id, error) for request_id in list(self._mailboxes)])
+
     def _shut(self) -> None:
-        error = self.error or EngineClosedError("the engine was closed")
         try:
             self.core.close()
             self._deliver(self.core.take_outputs())
         except Exception:
             logger.exception("closing the engine failed")
-        self._deliver([_failed_output(request_id, error) for request_id in list(self._mailboxes)])
+        self._fail_all(self.error or EngineClosedError("the engine was closed"))
         while not self._inbox.empty():  # answer whoever still waits in `call`
             self._drain(block=False)
 

@@ -95,6 +95,9 @@ class FakeRunner:
             self.host[host] = self.slots.reshape(self.num_blocks, self.block_size)[device]
         self.swapped_blocks += len(moves)
 
+    def check_device(self) -> None:
+        pass
+
     def swap_in(self, moves: list[tuple[int, int]]) -> None:
         for host, device in moves:
             self.slots.reshape(self.num_blocks, self.block_size)[device] = self.host[host]

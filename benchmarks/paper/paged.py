@@ -55,6 +55,9 @@ class TimedModel:
     def swap_out(self, moves: list[tuple[int, int]]) -> None:
         """Never called: there is no host memory."""
 
+    def check_device(self) -> None:
+        """No device fails."""
+
     def swap_in(self, moves: list[tuple[int, int]]) -> None:
         """Never called: there is no host memory."""
 

@@ -12,7 +12,7 @@ from pagedllm_core.decode.finish import finish_sequence, take_token
 from pagedllm_core.decode.guided import Guide, force, mask_logits
 from pagedllm_core.decode.logprobs import ScoredTokens, num_logprobs, score_tokens
 from pagedllm_core.decode.sample import Draw, most_likely, sample
-from pagedllm_core.errors import NO_TOKEN, PagedLLMError, RequestFailedError, as_failure
+from pagedllm_core.errors import NO_TOKEN, PagedLLMError, RequestFailedError, as_failure, is_out_of_memory
 from pagedllm_core.request import Request, RequestState, Sequence
 
 Failures = dict[Request, PagedLLMError]
@@ -82,6 +82,9 @@ def collect(
 
     Returns:
         The tokens to be chosen, forks before the sequences they share blocks with, and the rows of each beam search.
+
+    Raises:
+        MemoryError: There is too little for the scores.
     """
     choices: list[Choice] = []
     beams: dict[Request, list[int]] = {}
@@ -98,6 +101,8 @@ def collect(
             try:
                 _score_prompt(request, start, logits[first : first + count])
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise  # a smaller step may fit
                 failures[request] = as_failure(request.request_id, error)
         if samples and request.beams is not None:
             beams.setdefault(request, []).append(first + count - 1)

@@ -80,6 +80,8 @@ def pin(memory: torch.Tensor) -> None:
     """
     status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if status:
+        with suppress(RuntimeError):  # the error stays until torch takes it for that of the next kernel
+            torch.ones(1, device="cuda")
         raise CapacityError(
             f"swap_space: {memory.nbytes / 2**30:.1f} GiB of host memory cannot be locked for the GPU (CUDA error "
             f"{status}); give less, or 0 to recompute what is preempted"
@@ -173,9 +175,10 @@ class KVStorage:
 
     def free(self) -> None:
         """Drop the tensors, and unlock what was locked. The storage cannot be used afterwards."""
-        while self._pinned:
-            torch.cuda.synchronize(self._pools[0].device)  # nothing may be under way
-            unpin(self._pinned.pop())
+        with suppress(RuntimeError):  # of a device that computes no more
+            while self._pinned:
+                torch.cuda.synchronize(self._pools[0].device)  # nothing may be under way
+                unpin(self._pinned.pop())
         self._pools.clear()
         self._host.clear()
         self._layers.clear()

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import bisect
 import logging
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
@@ -28,15 +27,15 @@ import numpy.typing as npt
 import torch
 
 from pagedllm_core.attention.base import ForwardBatch
+from pagedllm_core.errors import is_out_of_memory
 from pagedllm_core.kv.storage import KVStorage
+from pagedllm_core.model.cuda import capturing, clear_workspaces
 from pagedllm_core.model.staging import Staging, StepTensors, carry
 
 logger = logging.getLogger("pagedllm.model")
 
 Work = Callable[[], None]
 """Queues kernels over memory that stays where it is."""
-
-_capturing = threading.Lock()  # torch allows one capture at a time in a process
 
 
 class Recording(Protocol):
@@ -82,7 +81,7 @@ class CudaRecorder:
     def capture(self, work: Work) -> torch.cuda.CUDAGraph:
         """See `Recorder.capture`."""
         outer = torch.cuda.current_stream(self._device)
-        with _capturing:
+        with capturing:
             self._stream.wait_stream(outer)
             try:
                 with torch.cuda.stream(self._stream):
@@ -96,8 +95,12 @@ class CudaRecorder:
 
         Not by `torch.cuda.graph`: that waits for the device, empties the process's cache of memory, and leaves the
         thread on the capture stream when a capture fails.
+
+        cuBLAS's workspace is made within the capture, in the graphs' own memory pool: the one that the warm-up left may
+        be freed by anybody in the process, while a graph would write to it for ever.
         """
         graph = torch.cuda.CUDAGraph()
+        clear_workspaces()
         try:
             # Other threads may allocate and synchronise meanwhile; this one may not.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -111,6 +114,8 @@ class CudaRecorder:
         except Exception as error:
             self._mend()
             raise CaptureError(f"{type(error).__name__}: {error}") from error
+        finally:
+            clear_workspaces()  # nobody else may use one that lies in the pool
         return graph
 
     def _mend(self) -> None:
@@ -311,9 +316,14 @@ class DecodeGraphs:
         try:
             self._recordings[bucket] = self._recorder.capture(work)
         except CaptureError as error:
+            fitting = self._used
+            self.clear()
+            if is_out_of_memory(error.__cause__):
+                logger.warning("CUDA graphs take at most %.0f MiB now, as memory is short", fitting / 2**20)
+                self._limit = fitting or -1  # not even one
+                return
             logger.warning("CUDA graphs are off for this engine, as a step cannot be captured: %s", error)
             self._is_off = True
-            self.clear()
             return
         cost = max(0, before - self._recorder.free_memory())
         self._used, self._dearest = self._used + cost, max(self._dearest, cost)

@@ -64,5 +64,12 @@ class Runner(Protocol):
     def swap_in(self, moves: list[tuple[int, int]]) -> None:
         """Copy whole blocks back from host memory, (host, device) each."""
 
+    def check_device(self) -> None:
+        """Called after a step failed.
+
+        Raises:
+            EngineClosedError: No step can succeed any more.
+        """
+
     def close(self) -> None:
         """Free the weights and the KV storage."""

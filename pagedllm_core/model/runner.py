@@ -17,8 +17,10 @@ from pagedllm_core.attention.native import NativeAttention
 from pagedllm_core.attention.torch_paged import TorchPagedAttention
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.decode.device import DeviceSampler
-from pagedllm_core.errors import CapacityError, InvalidRequestError, UnsupportedModelError
+from pagedllm_core.decode.logprobs import score_tokens
+from pagedllm_core.errors import CapacityError, InvalidRequestError, UnsupportedModelError, is_out_of_memory
 from pagedllm_core.kv.storage import KVStorage, LayerGeometry, block_bytes
+from pagedllm_core.model.cuda import check_device, clear_workspaces, empty_cache
 from pagedllm_core.model.determinism import shapes_that_differ
 from pagedllm_core.model.direct import DirectDecoder
 from pagedllm_core.model.fuse import FusedDecoder, fuse
@@ -77,7 +79,7 @@ class ModelRunner:
         device = pick_device(config.device)
         gpu = gpu or gpu_code(device)
         library = load(tier()) if gpu is None and device.type == "cpu" else None
-        with self._threads():
+        with self._threads(), _memory_is_short(device):
             loaded = load_model(config, direct=library is not None)
         self.max_model_len = loaded.max_model_len
         self.block_size = config.block_size
@@ -88,7 +90,7 @@ class ModelRunner:
         self.dtype = loaded.dtype
         self.model_name = loaded.name
         self.vocab_size = _logits_width(loaded)
-        with self._on_device():
+        with self._on_device(), _memory_is_short(device):
             self._steps, layers = self._make_steps(loaded, config, library, gpu)
             del loaded  # a fused form has the weights that it needs
             self._geometry = [_stored(layer.geometry, config, gpu) for layer in layers]
@@ -98,7 +100,7 @@ class ModelRunner:
             profile = partial(self._profile, config)
             self.num_blocks = pool_blocks(config, size, self.max_model_len, self.device, profile)
             self.num_host_blocks = host_blocks(config, size, self.device)
-            self._storage = self._make_storage(self.num_blocks, self.num_host_blocks)
+            self._storage = self._make_storages(config)
             self._steps.bind(self._storage)
         if config.deterministic:
             self._check_determinism()
@@ -179,13 +181,15 @@ class ModelRunner:
         with self._threads(), self._on_device():
             try:
                 return self._steps.logits(batch)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 reason = str(error).partition("\n")[0]
             # Outside of `except`: the traceback held the step's activations.
             if isinstance(self._steps, GpuSteps):
                 self._steps.drop_graphs()
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+                empty_cache()
         raise MemoryError(
             f"a step of {len(batch.token_ids)} tokens of {len(batch.context_lens)} sequences does not fit on "
             f"{self.device}; lower gpu_memory_utilization ({reason})"
@@ -213,19 +217,24 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
+    def check_device(self) -> None:
+        """See `Runner.check_device`."""
+        check_device(self.device)
+
     def close(self) -> None:
         """Free the model, the pool and all else on the device. The runner cannot be used afterwards."""
         with self._on_device():
             if isinstance(self._steps, GpuSteps):
-                self._steps.close()
+                with suppress(RuntimeError):  # of a device that computes no more
+                    self._steps.close()
             self._steps = TorchSteps(torch.nn.Identity(), [], TorchPagedAttention, self.device)
             self.sampler = None
             self._storage.free()
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-                with suppress(AttributeError):  # cuBLAS's workspaces, and pinned memory that torch keeps for later
-                    torch._C._cuda_clearCublasWorkspaces()
-                    torch._C._host_emptyCache()
+                with suppress(AttributeError, RuntimeError):
+                    clear_workspaces()
+                    empty_cache()
+                    torch._C._host_emptyCache()  # pinned memory that torch keeps for later
 
     def _check_determinism(self) -> None:
         """Only the native code keeps the order of its sums; what it promises is tried on some shapes.
@@ -274,6 +283,17 @@ class ModelRunner:
         """Kernels are launched on the thread's current device, which may be another GPU."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
+    def _make_storages(self, config: EngineConfig) -> KVStorage:
+        """The pool, and the host memory; without that where the user did not ask for it and it cannot be locked."""
+        try:
+            return self._make_storage(self.num_blocks, self.num_host_blocks)
+        except CapacityError as error:
+            if config.swap_space is not None or not self.num_host_blocks:
+                raise
+            logger.warning("preempted requests are recomputed, not swapped: %s", error)
+        self.num_host_blocks = 0
+        return self._make_storage(self.num_blocks)
+
     def _make_storage(self, blocks: int, host: int = 0) -> KVStorage:
         try:
             return KVStorage(self._geometry, blocks, self.block_size, self.device, host)
@@ -284,11 +304,26 @@ class ModelRunner:
             ) from error
 
     def _profile(self, config: EngineConfig) -> None:
-        """Run the largest step once, over a small pool that is gone afterwards."""
+        """Run the largest step once, and score its logits, over a small pool that is gone afterwards."""
         batch = largest_step(config, self.max_model_len)
         self._steps.bind(self._make_storage(batch.block_tables.shape[1]))
-        self._steps.logits(batch)
+        logits = self._steps.logits(batch)
+        score_tokens(logits, logits.argmax(-1), [1] * len(logits))  # what takes most of all that is done with logits
         self._steps.bind(self._make_storage(1))
+
+
+@contextmanager
+def _memory_is_short(device: torch.device) -> Iterator[None]:
+    """Turn what torch raises where memory is short into a typed error; idle engines then make room (`registry.py`)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise CapacityError(
+            f"{device} has too little memory for this model ({reason}); free memory, or choose a smaller model or dtype"
+        ) from error
 
 
 def _stored(geometry: LayerGeometry, config: EngineConfig, gpu: GpuCode | None) -> LayerGeometry:

@@ -10,6 +10,7 @@ import torch
 from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.errors import CapacityError, InvalidRequestError
+from pagedllm_core.model.cuda import empty_cache
 from pagedllm_core.model.memory import available_memory
 
 _DEFAULT_POOL = 4 << 30
@@ -49,7 +50,7 @@ def pool_blocks(
         raise CapacityError(
             f"kv_cache_memory: {memory} bytes are left on {device}, and one block of {config.block_size} tokens takes "
             f"{size}; free memory, set kv_cache_memory, or choose a smaller model or block_size"
-        )
+        ) from MemoryError(f"{memory} bytes left")  # so idle engines make room
     return min(memory // size, usable)
 
 
@@ -82,12 +83,12 @@ def graph_memory(config: EngineConfig, device: torch.device) -> int:
 
 def _free_cuda_memory(config: EngineConfig, device: torch.device, profile: Callable[[], None]) -> int:
     """Bytes that `gpu_memory_utilization` leaves after the weights, the largest forward pass and the graphs."""
-    torch.cuda.empty_cache()
+    empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     profile()
     activations = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
+    empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     taken = int((1 - config.gpu_memory_utilization) * total)
     return free - taken - activations - graph_memory(config, device)

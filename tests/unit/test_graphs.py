@@ -25,12 +25,13 @@ class Recorder:
 
     def __init__(self, cost: int = 0, refuses: bool = False) -> None:
         self.cost, self.refuses = cost, refuses
+        self.reason = RuntimeError("operation not permitted when stream is capturing")
         self.captures = self.replays = self.resets = 0
 
     def capture(self, work: Work) -> Any:
         work()
         if self.refuses:
-            raise CaptureError("it looks at data on the host")
+            raise CaptureError("it looks at data on the host") from self.reason
         self.captures += 1
         return SimpleNamespace(replay=lambda: self._replay(work))
 
@@ -217,6 +218,22 @@ def test_what_cannot_be_captured_turns_graphs_off(caplog: pytest.LogCaptureFixtu
     assert forward.written == batch.slot_mapping.tolist()
     assert len(caplog.records) == 1
     assert "looks at data on the host" in caplog.records[0].message
+
+
+def test_graphs_that_find_no_memory_stay_as_many_as_fitted(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder(cost=100)
+    graphs, _ = make_graphs(recorder)
+    run(graphs, decode_batch(1))
+    run(graphs, decode_batch(2))
+    recorder.refuses, recorder.reason = True, RuntimeError("CUDA error: out of memory")
+    with caplog.at_level(logging.WARNING, "pagedllm"):
+        assert run(graphs, decode_batch(3, 1)) == wanted(decode_batch(3, 1))
+        recorder.refuses = False
+        for count in (1, 2):
+            assert run(graphs, decode_batch(count)) == wanted(decode_batch(count))
+        assert graphs.run(decode_batch(4)) is None
+    assert graphs.buckets == [1, 2]
+    assert "memory is short" in caplog.records[0].message
 
 
 def test_an_error_in_a_step_is_that_steps_own() -> None:

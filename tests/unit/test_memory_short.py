@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+import pagedllm_core.kv.storage as storage_module
 from pagedllm_core import scheduler
+from pagedllm_core.async_engine import AsyncEngine
 from pagedllm_core.attention.base import ForwardBatch
+from pagedllm_core.config import EngineConfig
 from pagedllm_core.engine import Engine
-from pagedllm_core.errors import RequestFailedError, is_out_of_memory
+from pagedllm_core.errors import CapacityError, EngineClosedError, ModelLoadError, RequestFailedError, is_out_of_memory
+from pagedllm_core.model import runner as runner_module
+from pagedllm_core.model import sizing
+from pagedllm_core.model.runner import ModelRunner
 from pagedllm_core.params import SamplingParams
 from tests.fakes import FakeRunner, expected_greedy, fake_engine, run_all
 from tests.unit.test_swapping import Always, Never, swap_out_now, swapping_engine
@@ -131,3 +140,115 @@ def test_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
 )
 def test_what_says_that_memory_is_short(error: Exception | None, short: bool) -> None:
     assert is_out_of_memory(error) is short
+
+
+def test_a_prompts_scores_that_do_not_fit_are_made_in_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagedllm_core.decode import advance
+
+    original = advance.score_tokens
+
+    def score(logits: torch.Tensor, *arguments: Any) -> Any:
+        if len(logits) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(logits, *arguments)
+
+    prompt = [number % VOCAB for number in range(30)]
+    wanted = SamplingParams(max_tokens=3, prompt_logprobs=1)
+    plain = fake_engine()
+    plain.add(prompt, wanted, request_id="scored")
+    expected = run_all(plain)["scored"]
+    monkeypatch.setattr(advance, "score_tokens", score)
+    engine = fake_engine()
+    engine.add(prompt, wanted, request_id="scored")
+    result = run_all(engine)["scored"]
+    assert result.error is None
+    assert result.prompt_logprobs == expected.prompt_logprobs
+    assert result.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+def test_an_engine_whose_device_is_lost_ends_at_once() -> None:
+    runner = FakeRunner()
+    steps = []
+
+    def fail(batch: ForwardBatch) -> None:
+        steps.append(len(batch.token_ids))
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def check_device() -> None:
+        raise EngineClosedError("cuda:0 computes no more (an illegal memory access); start the process again")
+
+    runner.before_run, runner.check_device = fail, check_device  # type: ignore[method-assign]
+    engine = AsyncEngine(EngineConfig(model="fake", block_size=4), runner=runner)
+    handles = [engine.submit([number], SamplingParams(max_tokens=3)) for number in range(3)]
+    for handle in handles:
+        with pytest.raises(EngineClosedError, match="start the process again"):
+            handle.result()
+    assert len(steps) == 1, "the requests of a lost device are not tried one by one"
+    assert not engine.health()
+    with pytest.raises(EngineClosedError, match="start the process again"):
+        engine.submit([1])
+    engine.close()
+
+
+@pytest.mark.parametrize("where", ["load_model", "probe_layers"])
+def test_a_model_that_does_not_fit_is_an_error_that_idle_engines_make_room_for(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    monkeypatch.setattr(runner_module, "load", lambda tier: None)
+    monkeypatch.setattr(runner_module, where, fail)
+    with pytest.raises(CapacityError, match=r"too little memory.*9 GiB\.\); free memory") as caught:
+        ModelRunner(EngineConfig(model="tiny", device="cpu", kv_cache_memory="1MiB"))
+    assert is_out_of_memory(caught.value.__cause__)
+
+
+def test_a_pool_that_finds_no_memory_makes_idle_engines_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "available_memory", lambda: 1000)
+    with pytest.raises((CapacityError, ModelLoadError), match="bytes are left") as caught:
+        ModelRunner(EngineConfig(model="tiny", device="cpu"))
+    assert is_out_of_memory(caught.value.__cause__)
+
+
+def test_what_a_gpu_has_left_for_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share that is asked for, without what others have, what the largest step takes and what graphs may take."""
+    peak = [0]
+    cuda = SimpleNamespace(
+        empty_cache=lambda: None,
+        reset_peak_memory_stats=lambda device: peak.__setitem__(0, 300),
+        memory_allocated=lambda device: 300,
+        max_memory_allocated=lambda device: peak[0],
+        mem_get_info=lambda device: (5000, 10_000),
+        get_device_properties=lambda device: SimpleNamespace(total_memory=10_000),
+    )
+    monkeypatch.setattr(sizing.torch, "cuda", cuda)
+    config = EngineConfig(model="any", gpu_memory_utilization=0.8, max_num_seqs=1000)
+    device = torch.device("cuda")
+    blocks = sizing.pool_blocks(config, 100, 1 << 20, device, lambda: peak.__setitem__(0, 1000))
+    assert blocks == (5000 - 2000 - 700 - 500) // 100
+
+
+@pytest.mark.parametrize("asked", [None, 0.001])
+def test_host_memory_that_cannot_be_locked_is_gone_without_unless_it_was_asked_for(
+    asked: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = storage_module.KVStorage
+
+    def storage(layers: Any, blocks: int, size: int, device: torch.device, host: int = 0) -> Any:
+        if host:
+            raise CapacityError("swap_space: 4.0 GiB of host memory cannot be locked for the GPU (CUDA error 2)")
+        return made(layers, blocks, size, device, host)
+
+    monkeypatch.setattr(runner_module, "KVStorage", storage)
+    monkeypatch.setattr(runner_module, "host_blocks", lambda *arguments: 7)
+    config = EngineConfig(model="tiny", device="cpu", kv_cache_memory="1MiB", swap_space=asked)
+    if asked:
+        with pytest.raises(CapacityError, match="swap_space"):
+            ModelRunner(config)
+        return
+    with caplog.at_level(logging.WARNING, "pagedllm"):
+        runner = ModelRunner(config)
+    assert runner.num_host_blocks == 0
+    assert [record.getMessage()[:40] for record in caplog.records] == ["preempted requests are recomputed, not s"]
+    runner.close()
