@@ -22,7 +22,7 @@ from pagedllm_core.kv.pool import BlockPool
 from pagedllm_core.queue import POLICIES
 from pagedllm_core.request import Request, RequestState, Sequence
 
-GOOD_STEPS = 256  # steps that fit, after which steps may be twice as large again
+GOOD_STEPS = 128  # steps that fit, after which steps may be twice as large again
 PROMPT_LOGPROBS_CHUNK = 256  # bounds the logits of a prompt that is being scored: 256 rows of the vocabulary
 
 

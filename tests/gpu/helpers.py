@@ -74,6 +74,15 @@ def prompt_logits(runner: ModelRunner, prompt: list[int]) -> torch.Tensor:
     return runner.run(batch).float().cpu()
 
 
+def decode_logits(runner: ModelRunner, prompt: list[int], first: int) -> torch.Tensor:
+    """Logits after tokens `first` and later of a prompt, computed one by one: float32 [tokens, vocabulary]."""
+    table = list(range(-(-len(prompt) // runner.block_size)))[::-1]
+    runner.run(make_batch([(prompt, table)], [(0, first)], runner.block_size))
+    spans = [(place, place + 1) for place in range(first, len(prompt))]
+    steps = [runner.run(make_batch([(prompt, table)], [span], runner.block_size)).cpu() for span in spans]
+    return torch.cat(steps).float()
+
+
 def distances(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """How far each row of logits is from what it should be, relative to its spread."""
     spread = wanted - wanted.mean(dim=1, keepdim=True)

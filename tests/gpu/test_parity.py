@@ -20,13 +20,14 @@ from pagedllm_core.errors import UnsupportedModelError
 from pagedllm_core.kv.offload import PreemptionCosts
 from pagedllm_core.params import GuidedParams, SamplingParams
 from tests.fakes import run_all
-from tests.gpu.helpers import DEVICE, Watched, captured, distances, gpu_runner, prompt_logits
+from tests.gpu.helpers import DEVICE, Watched, captured, decode_logits, distances, gpu_runner, prompt_logits
 from tests.parity import test_beam, test_engine
 from tests.parity.driver import reference_tokens
 from tests.parity.test_families import LENGTHS, NEW_TOKENS, random_prompts
 
 Folder = Callable[[str], Path]
 FUSED = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+EXPERTS = ("qwen2_moe", "qwen3_moe", "mixtral")  # transformers' code for these may look at data on the host
 
 
 def patch(monkeypatch: pytest.MonkeyPatch, module: Any, **fields: Any) -> list[Watched]:
@@ -55,6 +56,7 @@ def test_greedy_tokens_equal_generate(
     assert (watched.carried > 0) == overlaps
     if name in FUSED:
         assert runner.is_fused
+    if name not in EXPERTS:
         assert bool(captured(runner)) != eager
     runner.close()
 
@@ -105,6 +107,7 @@ def test_swapping_to_pinned_memory_changes_no_token(
 def test_bfloat16_logits_are_as_near_as_transformers_own(name: str, model_folder: Folder) -> None:
     """The median row is within 6 % of float32, and within 1.5 times the distance of transformers' bfloat16.
 
+    So it is for a prompt at once, and for its last tokens one by one, which are graphs but for the first.
     transformers' own distance on these models is 1 to 4 %; single rows of experts, which may choose others, have more.
     """
     (prompt,) = random_prompts((90 if name == "phi3_longrope_long" else 60,))
@@ -114,11 +117,16 @@ def test_bfloat16_logits_are_as_near_as_transformers_own(name: str, model_folder
         with torch.inference_mode():
             logits[dtype] = model.to(DEVICE).eval()(torch.tensor([prompt], device=DEVICE)).logits[0].float().cpu()
     runner = gpu_runner(model_folder(name), dtype="bfloat16")
-    ours = float(distances(prompt_logits(runner, prompt), logits[torch.float32]).median())
-    theirs = float(distances(logits[torch.bfloat16], logits[torch.float32]).median())
+    last = len(prompt) - 24
+    exact, theirs = logits[torch.float32], distances(logits[torch.bfloat16], logits[torch.float32])
+    at_once = distances(prompt_logits(runner, prompt), exact)
+    one_by_one = distances(decode_logits(runner, prompt, last), exact[last:])
+    graphs = captured(runner)
     runner.close()
-    assert 1e-4 < ours < 0.06
-    assert ours < 1.5 * theirs + 0.002
+    for ours, other in ((at_once, theirs), (one_by_one, theirs[last:])):
+        assert 1e-4 < float(ours.median()) < 0.06
+        assert float(ours.median()) < 1.5 * float(other.median()) + 0.002
+    assert graphs == [1] or name in EXPERTS
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
@@ -139,6 +147,30 @@ def test_an_eight_bit_cache_stays_near_and_depends_on_nobody(eager: bool, model_
     assert engine.stats().preemptions > 0
     for runner in (exact, rounded):
         runner.close()
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+def test_a_step_waits_for_the_device_once(eager: bool, model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the copy of its tokens, if at all; whatever else would wait is an error while torch watches for it."""
+    runner = gpu_runner(model_folder("llama"), enforce_eager=eager)
+    engine = Engine(EngineConfig(model="any", block_size=4, max_num_seqs=4), runner=runner)
+    for seed, params in enumerate(({"temperature": 0}, {"top_p": 0.9}, {"logprobs": 3, "presence_penalty": 0.5})):
+        engine.add([5, 9, 13], SamplingParams(max_tokens=40, ignore_eos=True, seed=seed, **params))
+    for _ in range(20):
+        engine.step()
+    waits = []
+    wait = torch.cuda.Event.synchronize
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: (waits.append(event.query()), wait(event)))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits.count(False) <= 8
+    monkeypatch.undo()
+    run_all(engine)
+    runner.close()
 
 
 def test_guided_requests_come_in_between() -> None:
