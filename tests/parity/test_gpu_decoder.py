@@ -133,16 +133,16 @@ def test_without_graphs_nothing_is_captured(folder: Callable[[str], Path]) -> No
     runner.close()
 
 
-@pytest.mark.parametrize("overlaps", [False, True])
-def test_an_engine_gives_the_same_tokens_under_preemption(overlaps: bool, folder: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("sampling", ["on the host", "overlapping", "overlapping kernels"])
+def test_an_engine_gives_the_same_tokens_under_preemption(sampling: str, folder: Callable[[str], Path]) -> None:
     """With overlapping steps, decoding sequences carry their tokens from step to step on the device."""
     wanted = reference_tokens(folder("qwen3"), PROMPTS, NEW)
     block = 4 * 2 * 2 * 2 * 16 * 4  # tokens, keys and values, layers, heads, head size, bytes
     fields: dict[str, Any] = {"kv_cache_memory": 6 * block, "max_num_batched_tokens": 8, "swap_space": 0}
     recorders: list[Recorder] = []
     runner = make_runner(folder("qwen3"), recorders, **fields)
-    if overlaps:
-        runner.sampler = DeviceSampler(runner.device, VOCAB, 8, kernels=False)
+    if sampling != "on the host":
+        runner.sampler = DeviceSampler(runner.device, VOCAB, 8, kernels=sampling == "overlapping kernels")
     config = EngineConfig(model=str(folder("qwen3")), block_size=4, device="cpu", max_num_seqs=8, **fields)
     engine = Engine(config, runner=runner)
     params = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
