@@ -145,13 +145,18 @@ def best_candidates(logprobs: torch.Tensor, state: BeamState[Hypothesis]) -> lis
         state: The search.
 
     Returns:
-        At most `rule.num_candidates`; impossible ones (-inf) are left out.
+        At most `rule.num_candidates`; impossible ones (-inf) are left out. None where any score is NaN.
     """
-    values, places = _best(logprobs, state.scores, min(state.rule.num_candidates, logprobs.numel()))
+    count = min(state.rule.num_candidates, logprobs.numel())
+    values, places = _best(logprobs, state.scores, count)
+    # One copy, so that the host waits for a GPU once; a float64 holds every place.
+    found = torch.cat([values.double(), places.double(), logprobs.isnan().any().double()[None]]).tolist()
+    if found[-1]:
+        return []
     width = logprobs.shape[-1]
     return [
-        Candidate(place // width, place % width, score)
-        for score, place in zip(values.tolist(), places.tolist(), strict=True)
+        Candidate(int(place) // width, int(place) % width, score)
+        for score, place in zip(found[:count], found[count:-1], strict=True)
         if score > -torch.inf
     ]
 

@@ -31,8 +31,6 @@ def advance_beams(request: Request, state: BeamState[Sequence], logits: torch.Te
     if request.rules.active:
         rows = [request.rules.apply(row.clone(), parent) for row, parent in zip(logprobs, parents, strict=True)]
         logprobs = torch.stack(rows)
-    if bool(logprobs.isnan().any()):
-        raise RequestFailedError(NO_TOKEN)
     candidates = _candidates(logprobs, request, state, parents)
     if not candidates:
         raise RequestFailedError(NO_TOKEN)

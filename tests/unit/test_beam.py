@@ -6,7 +6,9 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
+from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.errors import CapacityError, InvalidRequestError, RequestFailedError
 from pagedllm_core.params import SamplingParams
 from tests.fakes import FakeRunner, expected_greedy, fake_engine, run_all
@@ -170,3 +172,23 @@ def test_caps() -> None:
         fake_engine().add(PROMPT, beams(n=17))
     with pytest.raises(CapacityError):
         fake_engine(FakeRunner(num_blocks=5)).add(PROMPT, beams())
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_search_with_a_beam_of_no_numbers_fails_by_name(step: int) -> None:
+    """Though the other beam could go on: what it would be compared with is unknown."""
+    runner = FakeRunner()
+    run, logits = runner.run, list[torch.Tensor]()
+
+    def spoil(batch: ForwardBatch) -> torch.Tensor:
+        logits.append(run(batch))
+        if len(logits) > step:
+            logits[-1][0, 3] = torch.nan
+        return logits[-1]
+
+    runner.run = spoil  # type: ignore[method-assign]
+    engine = fake_engine(runner)
+    engine.add([1, 2, 3], SamplingParams(use_beam_search=True, n=2, max_tokens=5), request_id="beams")
+    error = run_all(engine)["beams"].error
+    assert isinstance(error, RequestFailedError)
+    assert "NaN" in str(error)
