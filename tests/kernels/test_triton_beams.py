@@ -111,6 +111,16 @@ def test_the_candidates_of_a_beam_search(width: int, ends: int, monkeypatch: pyt
     assert len(calls) == (state.rule.num_candidates <= beams.MAX_COUNT)
 
 
+def test_a_beam_of_no_numbers_leaves_no_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes NaN for impossible; the other beams would go on as if nothing were wrong."""
+    monkeypatch.setattr(beam, "_runs_kernels", lambda tensor: True)
+    logprobs = torch.randn(2, 90).log_softmax(-1)
+    state: BeamState[str] = BeamState(BeamRule(2, 1.0, False, 1, 10), scores=[-1.0, -2.0])
+    assert len(best_candidates(logprobs, state)) == 4
+    logprobs[1] = torch.nan
+    assert best_candidates(logprobs, state) == []
+
+
 def test_wrong_arguments_are_named() -> None:
     for scores, count, name in [
         (random(2, 9), 0, "count"),
