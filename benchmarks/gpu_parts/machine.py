@@ -6,18 +6,21 @@ import gc
 import json
 import platform
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-import transformers
 
 Work = Callable[[], Any]
 _LEAST_TIMED = 2e-3  # seconds between two marks
 _MOST_TIMED = 60
+_WRITING = threading.Lock()  # a part may find rows in several threads
 
 
 @dataclass
@@ -80,8 +83,11 @@ class Context:
 
 
 def send(message: dict[str, Any]) -> None:
-    """To the process that started this one."""
-    print(json.dumps(message), flush=True)
+    """To the process that started this one: one line, in one piece."""
+    line = json.dumps(message) + "\n"
+    with _WRITING:
+        sys.stdout.write(line)
+        sys.stdout.flush()
 
 
 def median_seconds(work: Work, device: torch.device, limit: float) -> float:
@@ -132,6 +138,14 @@ def replayable(work: Work, device: torch.device) -> Work:
     return graph.replay
 
 
+def installed(package: str) -> str:
+    """A package and its version."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
+
+
 COLUMNS = {"measure_roofs": ["roof", "measured"]}
 
 
@@ -141,14 +155,8 @@ def measure_roofs(context: Context) -> None:
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
     memory = f", {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB" if gpu else ""
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    try:
-        import triton
-
-        versions += f", triton {triton.__version__}"
-    except ImportError:
-        versions += ", no triton"
-    send({"machine": f"{name}{memory}, {versions}"})
+    packages = ", ".join(installed(package) for package in ("torch", "triton", "transformers"))
+    send({"machine": f"{name}{memory}, {packages}, Python {platform.python_version()}"})
     with context.case(roof="copy"):
         source = torch.randn((1 << 18) if small else (1 << 30), device=device)
         target = torch.empty_like(source)

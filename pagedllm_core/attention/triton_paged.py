@@ -5,6 +5,8 @@ A step's sequences fall into two kinds, told apart once per step (`prepare`):
     decode   one new token: split-KV, so that few sequences fill the machine, too (kernels/decode_attention.py)
     chunk    several new tokens: tiles of query rows over the sequence's keys (kernels/prefill_attention.py)
 
+In deterministic mode every sequence is a chunk, as splits add up in another order than tiles.
+
 Keys and values of the step are in their slots before anything attends. `forward` writes them; a fused decoder that has
 written them itself calls `attend`.
 """
@@ -21,7 +23,7 @@ import torch
 from pagedllm_core.attention.base import ForwardBatch, LayerSpec
 from pagedllm_core.kernels.cache import write_cache
 from pagedllm_core.kernels.decode_attention import SplitPlan, decode_attention, plan_splits
-from pagedllm_core.kernels.prefill_attention import list_tiles, prefill_attention, query_tile
+from pagedllm_core.kernels.prefill_attention import list_decode_tiles, list_tiles, prefill_attention, query_tile
 
 _ALIGNMENT = 16  # bytes; Triton compiles for pointers that are aligned to it
 
@@ -49,15 +51,15 @@ class DecodeMeta:
 
 @dataclass(slots=True)
 class ChunkMeta:
-    """Sequences of several new tokens each.
+    """Sequences of several new tokens each; in deterministic mode, of any number.
 
     Attributes:
         block_tables: int32 [C, max_blocks].
         context_lens: int32 [C].
         query_starts: int32 [C], first row of each sequence in the step.
         query_lens: int32 [C].
-        host_query_lens: The same on the host, and the contexts: tile lists are made from them.
-        host_context_lens: int32 [C].
+        host_lens: The same on the host, and the contexts, int32 [C] each: tile lists are made from them. None where
+            every sequence has one new token, and the tensors may be static ones as in `DecodeMeta`.
         tiles: Tile lists by (query heads per kv head, rows per tile). Leave it empty.
     """
 
@@ -65,8 +67,7 @@ class ChunkMeta:
     context_lens: torch.Tensor
     query_starts: torch.Tensor
     query_lens: torch.Tensor
-    host_query_lens: npt.NDArray[np.int32]
-    host_context_lens: npt.NDArray[np.int32]
+    host_lens: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None
     tiles: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
 
@@ -91,11 +92,13 @@ class TritonAttention:
     Args:
         device: A CUDA device; a CPU under TRITON_INTERPRET=1, for tests.
         block_size: Tokens in a KV block, any number.
+        deterministic: Let no bit of a token's result depend on how many tokens are computed with it, and which.
     """
 
-    def __init__(self, device: torch.device, block_size: int) -> None:
+    def __init__(self, device: torch.device, block_size: int, deterministic: bool = False) -> None:
         self._device = device
         self._block_size = block_size
+        self._deterministic = deterministic
         self._multiprocessors, self._hopper = 1, False
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
@@ -105,12 +108,14 @@ class TritonAttention:
         """Upload a step's index tensors, in one copy from pinned memory; nothing waits for the device."""
         query_lens = np.diff(batch.query_starts)
         one, several = np.flatnonzero(query_lens == 1), np.flatnonzero(query_lens > 1)
+        if self._deterministic:
+            one, several = one[:0], np.flatnonzero(query_lens)
         lens, contexts = query_lens[several], batch.context_lens[several]
         slots, tables, decode_contexts, rows, chunk_tables, chunk_contexts, starts, chunk_lens = self._upload(
             batch.slot_mapping, batch.block_tables[one], batch.context_lens[one], batch.query_starts[one],
             batch.block_tables[several], contexts, batch.query_starts[several], lens,
         )  # fmt: skip
-        chunks = ChunkMeta(chunk_tables, chunk_contexts, starts, chunk_lens, lens, contexts)
+        chunks = ChunkMeta(chunk_tables, chunk_contexts, starts, chunk_lens, (lens, contexts))
         decodes = DecodeMeta(tables, decode_contexts, rows)
         return StepMeta(slots, decodes if len(one) else None, chunks if len(several) else None)
 
@@ -127,7 +132,12 @@ class TritonAttention:
             context_lens: int32 [B]; 0 for padding.
             slot_mapping: int64 [B]; -1 for padding.
         """
-        return StepMeta(slot_mapping, DecodeMeta(block_tables, context_lens), None)
+        if not self._deterministic:
+            return StepMeta(slot_mapping, DecodeMeta(block_tables, context_lens), None)
+        rows = torch.arange(len(context_lens), dtype=torch.int32, device=self._device)
+        return StepMeta(
+            slot_mapping, None, ChunkMeta(block_tables, context_lens, rows, torch.ones_like(rows), host_lens=None)
+        )
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: torch.Tensor, spec: LayerSpec, meta: StepMeta
@@ -177,11 +187,14 @@ class TritonAttention:
         tile = query_tile(q.shape[2], q.dtype, kv.dtype == torch.uint8, self._hopper)
         key = (group, tile.rows)
         if key not in chunks.tiles:
-            tiles = list_tiles(chunks.host_query_lens, chunks.host_context_lens, group, tile.rows)
-            (chunks.tiles[key],) = self._upload(tiles)
+            if chunks.host_lens is None:
+                chunks.tiles[key] = list_decode_tiles(len(chunks.context_lens), group, tile.rows, self._device)
+            else:
+                (chunks.tiles[key],) = self._upload(list_tiles(*chunks.host_lens, group, tile.rows))
         prefill_attention(
             q, kv, out, chunks.block_tables, chunks.context_lens, chunks.query_starts, chunks.query_lens,
             chunks.tiles[key], tile, scale=spec.scale, window=spec.window, softcap=spec.softcap, sinks=spec.sinks,
+            deterministic=self._deterministic,
         )  # fmt: skip
 
     def _plan(self, decodes: DecodeMeta, kv_heads: int, window: int | None) -> SplitPlan:

@@ -8,6 +8,9 @@ for 4 KiB, which is some 3 GB/s; and gathering into one run first needs a second
 it apart again. Pinned host memory has an address on the device (unified virtual addressing), so a program loads or
 stores it directly, 16 bytes a thread, and enough programs are under way to fill the bus. Roof: the memory's bandwidth
 inside the pool (each byte is read and written once), the bus's to the host (64 GB/s a direction for PCIe 5).
+
+Source: many copies in one launch, and swapping whole blocks, as in Kwon et al., "PagedAttention" (SOSP 2023), whose
+implementation is vLLM's `copy_blocks` and `swap_blocks`.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def rope_and_cache(
 ) -> torch.Tensor:
     """Turn queries and keys by their positions, and write keys and values into their slots of the cache.
 
-    The rotation is that of GPT-NeoX, as in transformers' Llama. For i < r/2, with r = rotary_dim:
+    The rotary embedding of Su et al., "RoFormer" (2021, arXiv 2104.09864), its pairs laid out as in GPT-NeoX and
+    transformers' Llama. For i < r/2, with r = rotary_dim:
 
         x[i]         -> x[i] cos[i]              - x[i + r/2] sin[i]
         x[i + r/2]   -> x[i + r/2] cos[i + r/2]  + x[i] sin[i + r/2]

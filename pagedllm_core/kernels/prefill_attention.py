@@ -11,6 +11,9 @@ Keys come in three runs. Only those at the edges of what the tile's rows see are
     keys    | left edge of the window | seen by every row | up to the rows' own tokens |
               masked, with a window     no mask             masked
 
+Where the runs meet depends on the tile's other rows. A masked key adds exact zeros, so only the instructions differ;
+in deterministic mode they may not either, and all keys go through the one masked loop.
+
 Sources: Dao, "FlashAttention-2" (2023) for the loop; packing grouped heads into rows as in Ye et al., "FlashInfer"
 (2025).
 """
@@ -104,6 +107,23 @@ def list_tiles(
     return np.stack([sequence, first], axis=1)[order].astype(np.int32)
 
 
+def list_decode_tiles(count: int, group: int, rows: int, device: torch.device) -> torch.Tensor:
+    """The tiles of `count` sequences of one new token each, made on the device: a CUDA graph can hold it.
+
+    Args:
+        count: Sequences.
+        group: Query heads for each kv head.
+        rows: Rows of a tile.
+        device: Where the list is needed.
+
+    Returns:
+        int32 [N, 2], as from `list_tiles`.
+    """
+    each = -(-group // rows)
+    number = torch.arange(count * each, dtype=torch.int32, device=device)
+    return torch.stack([number // each, number % each * rows], dim=1)
+
+
 @triton.jit
 def _query_rows(tiles, start, length, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """Row of the step, token of the sequence and head in the group of each row of this program's tile, and which exist.
@@ -116,13 +136,25 @@ def _query_rows(tiles, start, length, GROUP: tl.constexpr, ROWS: tl.constexpr):
     return (start + token).to(tl.int64), token, flat % GROUP, token < length
 
 
+@triton.jit
+def _runs(earliest, latest, window, TILE: tl.constexpr, WINDOWED: tl.constexpr, ONE_LOOP: tl.constexpr):
+    """Where the three runs of keys begin, for rows at positions earliest .. latest; ONE_LOOP leaves the last alone."""
+    begin, unmasked, diagonal = 0, 0, (earliest + 1) // TILE * TILE
+    if WINDOWED:
+        begin = tl.maximum(earliest - window + 1, 0) // TILE * TILE
+        unmasked = tl.minimum(tl.cdiv(tl.maximum(latest - window + 1, 0), TILE) * TILE, diagonal)
+    if ONE_LOOP:
+        unmasked, diagonal = begin, begin
+    return begin, unmasked, diagonal
+
+
 @triton.jit(do_not_specialize=["table_stride"])  # it differs from step to step
 def prefill_kernel(
     q, out, cache, scales, sinks, tables, context_lens, query_starts, query_lens, tiles,
     q_head, q_row, out_row, out_head, cache_half, cache_head, cache_block, scale_half, scale_head, scale_block,
     table_stride, inner, outer, window,
     GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr,
+    WIDTH: tl.constexpr, SOFTCAP: tl.constexpr, WINDOWED: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows for one kv head."""
     kv_head = tl.program_id(1)
@@ -145,27 +177,25 @@ def prefill_kernel(
     total = tl.zeros([ROWS], tl.float32)
 
     position = cached + token
-    earliest = tl.min(position, axis=0)
     latest = cached + tl.minimum(tl.max(token, axis=0), length - 1)
-    diagonal = (earliest + 1) // TILE * TILE
+    begin, unmasked, diagonal = _runs(tl.min(position, axis=0), latest, window, TILE, WINDOWED, ONE_LOOP)
     visible_from = position * 0
-    unmasked = 0
     if WINDOWED:
         visible_from = position - window + 1
-        begin = tl.maximum(earliest - window + 1, 0) // TILE * TILE
-        unmasked = tl.minimum(tl.cdiv(tl.maximum(latest - window + 1, 0), TILE) * TILE, diagonal)
+    if WINDOWED and not ONE_LOOP:
         for start in range(begin, unmasked, TILE):
             acc, top, total = attend_tile(
                 acc, top, total, q_tile, keys, key_scales, table, start + tl.arange(0, TILE), latest, visible_from,
                 position, cache_half, cache_block, scale_half, scale_block, inner, outer,
                 BLOCK_SIZE, DIM, WIDTH, SOFTCAP, True,
             )  # fmt: skip
-    for start in range(unmasked, diagonal, TILE):
-        acc, top, total = attend_tile(
-            acc, top, total, q_tile, keys, key_scales, table, start + tl.arange(0, TILE), latest, visible_from,
-            position, cache_half, cache_block, scale_half, scale_block, inner, outer,
-            BLOCK_SIZE, DIM, WIDTH, SOFTCAP, False,
-        )  # fmt: skip
+    if not ONE_LOOP:
+        for start in range(unmasked, diagonal, TILE):
+            acc, top, total = attend_tile(
+                acc, top, total, q_tile, keys, key_scales, table, start + tl.arange(0, TILE), latest, visible_from,
+                position, cache_half, cache_block, scale_half, scale_block, inner, outer,
+                BLOCK_SIZE, DIM, WIDTH, SOFTCAP, False,
+            )  # fmt: skip
     for start in range(diagonal, latest + 1, TILE):
         acc, top, total = attend_tile(
             acc, top, total, q_tile, keys, key_scales, table, start + tl.arange(0, TILE), latest, visible_from,
@@ -194,6 +224,7 @@ def prefill_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    deterministic: bool = False,
 ) -> None:
     """Attend with several queries per sequence, each to the keys up to its own.
 
@@ -205,12 +236,13 @@ def prefill_attention(
         context_lens: int32 [C], keys of each sequence, those of its new tokens included.
         query_starts: int32 [C], the row of each sequence's first new token.
         query_lens: int32 [C], new tokens of each sequence.
-        tiles: int32 [N, 2], what `list_tiles` made of the lengths and `tile.rows`.
+        tiles: int32 [N, 2], what `list_tiles` or `list_decode_tiles` made of the lengths and `tile.rows`.
         tile: What `query_tile` says.
         scale: Factor on the query-key products.
         window: Sliding window in tokens, or None.
         softcap: See `LayerSpec`.
         sinks: [heads], see `LayerSpec`.
+        deterministic: Let no bit of a query's result depend on the other queries.
 
     Raises:
         ValueError: Shapes do not belong together.
@@ -224,6 +256,6 @@ def prefill_attention(
         q, out, values, scales, sinks, block_tables, context_lens, query_starts, query_lens, tiles,
         *launch_strides(q, out, values, scales, block_tables), inner, outer, window or _NO_WINDOW,
         GROUP=group, ROWS=tile.rows, TILE=tile.keys, BLOCK_SIZE=values.shape[3], DIM=dim, WIDTH=padded_width(dim),
-        SOFTCAP=softcap is not None, WINDOWED=window is not None, num_warps=tile.warps,
+        SOFTCAP=softcap is not None, WINDOWED=window is not None, ONE_LOOP=deterministic, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip

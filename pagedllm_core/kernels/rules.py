@@ -2,6 +2,9 @@
 
 Rows that are changed are copied first, as log-probabilities are those of the raw logits. The changes are sparse, so the
 copy bounds them: one read and one write of each changed row. Their meaning is that of `LogitsRules.apply`.
+
+Sources: repetition penalty, Keskar et al., "CTRL" (2019), with transformers' rule for scores below zero; presence and
+frequency penalties as the OpenAI API defines them.
 """
 
 from __future__ import annotations

@@ -15,6 +15,10 @@ in token-id order with the number it is given, as `sample.sample` does: the two 
 
 Bound by bytes: one read of the logits, where filters keep some hundred tokens. A nucleus of most of the vocabulary
 costs up to 30 reads of the row by one program. Every sum has a fixed order: a row's token is the same in any company.
+
+Sources: top-k, Fan et al., "Hierarchical Neural Story Generation" (2018); top-p, Holtzman et al., "The Curious Case of
+Neural Text Degeneration" (2020); min-p, Nguyen et al., "Turning Up the Heat" (2024); the draw, inversion by sequential
+search, Devroye, "Non-Uniform Random Variate Generation" (1986).
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ is known before. Weights, exp(-distance), are summed in float64.
 
 All functions here run inside a program that holds one row; `start` points to the row's first logit. Lists are in order
 of token id, and are written and read by the same program.
+
+Source: bucketSelect in Alabi et al., "Fast k-Selection Algorithms for Graphics Processing Units" (2012), here over the
+floats' bits, and for sums of weights as well as counts.
 """
 
 from __future__ import annotations

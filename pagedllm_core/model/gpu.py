@@ -5,7 +5,8 @@
                     ─ gate and up product ─ SiLU·mul ─ down product ─ add + norm of the next layer
       at the end    the rows whose logits are wanted ─ head product
 
-Six launches of our own in a layer; the four products are cuBLAS's. Which models fit, and the proof: see `parts.py`.
+Six launches of our own in a layer; the four products are cuBLAS's, or in deterministic mode our own as well
+(kernels/linear.py). Everything else treats each row alone anyway. Which models fit, and the proof: see `parts.py`.
 Nothing in a step looks at data on the host, so that a step over static tensors can be a CUDA graph (`graphs.py`).
 """
 
@@ -23,6 +24,7 @@ from torch import nn
 from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.attention.triton_paged import TritonAttention
 from pagedllm_core.kernels.fused import add_rms_norm, rope_and_cache, silu_mul
+from pagedllm_core.kernels.linear import linear
 from pagedllm_core.kv.storage import KVStorage
 from pagedllm_core.model.parts import (
     DecoderParts,
@@ -45,6 +47,8 @@ _CHUNK = 1 << 16  # positions whose rotations are computed at a time
 
 MakeAttention = Callable[[torch.device, int], TritonAttention]
 """Makes the attention for a device and a block size."""
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""What `F.linear` computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,10 @@ class _Linear:
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    product: Product
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +77,13 @@ class _Layer:
     k_norm: torch.Tensor | None
 
     @classmethod
-    def of(cls, parts: LayerParts) -> _Layer:
+    def of(cls, parts: LayerParts, product: Product) -> _Layer:
         """The parts of a layer; its modules hold views of the merged weights from now on."""
         return cls(
-            qkv=_merge(parts.qkv),
-            o=_merge([parts.o]),
-            gate_up=_merge(parts.gate_up),
-            down=_merge([parts.down]),
+            qkv=_merge(parts.qkv, product),
+            o=_merge([parts.o], product),
+            gate_up=_merge(parts.gate_up, product),
+            down=_merge([parts.down], product),
             input_norm=parts.input_norm.detach(),
             post_norm=parts.post_norm.detach(),
             q_norm=None if parts.q_norm is None else parts.q_norm.detach(),
@@ -94,6 +99,7 @@ class GpuDecoder:
         probed: Its attention layers.
         attention: Makes the attention backend.
         positions: Positions that sequences can have.
+        deterministic: Let no sum of a row depend on the other rows of a step; the attention must do so, too.
 
     Attributes:
         attention: The attention backend, once a storage is bound.
@@ -102,13 +108,19 @@ class GpuDecoder:
     attention: TritonAttention
 
     def __init__(
-        self, parts: DecoderParts, probed: list[ProbedLayer], attention: MakeAttention, positions: int
+        self,
+        parts: DecoderParts,
+        probed: list[ProbedLayer],
+        attention: MakeAttention,
+        positions: int,
+        deterministic: bool = False,
     ) -> None:
+        product = linear if deterministic else F.linear
         self._device = parts.embedding.device
-        self._layers = [_Layer.of(layer) for layer in parts.layers]
+        self._layers = [_Layer.of(layer, product) for layer in parts.layers]
         self._specs = [layer.spec for layer in probed]
         self._embedding, self._norm = parts.embedding.detach(), parts.norm.detach()
-        self._head, self._epsilon = _merge([parts.head]), parts.epsilon
+        self._head, self._epsilon = _merge([parts.head], product), parts.epsilon
         self._cosines, self._sines = _rotations(parts.rotary, positions, self._device)
         self._make_attention = attention
 
@@ -144,7 +156,12 @@ class GpuDecoder:
 
 
 def fuse_on_gpu(
-    model: nn.Module, hf_config: Any, probed: list[ProbedLayer], attention: MakeAttention, positions: int
+    model: nn.Module,
+    hf_config: Any,
+    probed: list[ProbedLayer],
+    attention: MakeAttention,
+    positions: int,
+    deterministic: bool = False,
 ) -> GpuDecoder | None:
     """The model as a fused decoder, where it is one.
 
@@ -154,21 +171,24 @@ def fuse_on_gpu(
         probed: Its attention layers.
         attention: Makes the attention backend.
         positions: Positions that sequences can have.
+        deterministic: As for `GpuDecoder`.
 
     Returns:
         None where it does not fit.
     """
+
+    def make(parts: DecoderParts, layers: list[ProbedLayer], positions: int) -> GpuDecoder:
+        return GpuDecoder(parts, layers, attention, positions, deterministic)
+
     try:
         parts = find_parts(model, probed, LIMITS)
         if any((layer.q_norm is None) != (layer.k_norm is None) for layer in parts.layers):
             raise DoesNotFit("it has a norm for queries or keys alone")
-        try_small(
-            model, hf_config, LIMITS, lambda small, layers: GpuDecoder(small, layers, attention, _SMALL_POSITIONS)
-        )
+        try_small(model, hf_config, LIMITS, lambda small, layers: make(small, layers, _SMALL_POSITIONS))
     except DoesNotFit as reason:
         logger.info("%s is not fused: %s", type(model).__name__, reason)
         return None
-    decoder, distance = prove_fused(model, hf_config, probed, lambda: GpuDecoder(parts, probed, attention, positions))
+    decoder, distance = prove_fused(model, hf_config, probed, lambda: make(parts, probed, positions))
     if distance is None or is_near(distance, probed[0].geometry.dtype == torch.float32):
         return decoder
     logger.warning(
@@ -178,11 +198,11 @@ def fuse_on_gpu(
     return None
 
 
-def _merge(modules: list[nn.Linear]) -> _Linear:
+def _merge(modules: list[nn.Linear], product: Product) -> _Linear:
     """One product for modules that read the same rows; each keeps a view of the merged weight."""
     if len(modules) == 1:
         only = modules[0]
-        return _Linear(only.weight.detach(), None if only.bias is None else only.bias.detach())
+        return _Linear(only.weight.detach(), None if only.bias is None else only.bias.detach(), product)
     weight = torch.cat([module.weight.detach() for module in modules])
     bias = None
     if any(module.bias is not None for module in modules):
@@ -192,7 +212,7 @@ def _merge(modules: list[nn.Linear]) -> _Linear:
         )
     for module, part in zip(modules, weight.split([module.out_features for module in modules]), strict=True):
         module.weight.data = part
-    return _Linear(weight, bias)
+    return _Linear(weight, bias, product)
 
 
 def _rotations(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -19,9 +19,10 @@ from pagedllm_core.config import EngineConfig
 from pagedllm_core.decode.device import DeviceSampler
 from pagedllm_core.decode.logprobs import score_tokens
 from pagedllm_core.errors import CapacityError, InvalidRequestError, UnsupportedModelError, is_out_of_memory
+from pagedllm_core.kernels import has_triton
 from pagedllm_core.kv.storage import KVStorage, LayerGeometry, block_bytes
 from pagedllm_core.model.cuda import check_device, clear_workspaces, empty_cache
-from pagedllm_core.model.determinism import shapes_that_differ
+from pagedllm_core.model.determinism import LONG, SHORT, shapes_that_differ
 from pagedllm_core.model.direct import DirectDecoder
 from pagedllm_core.model.fuse import FusedDecoder, fuse
 from pagedllm_core.model.loader import LoadedModel, load_model, pick_device
@@ -39,9 +40,10 @@ logger = logging.getLogger("pagedllm.model")
 _WORTH_A_THREAD = 256 << 20  # bytes of weights
 _MOST_REPLAYED = 512  # sequences; a larger step takes the GPU longer than its launches take
 _ONLY_FUSED = (
-    "{field}={value!r}: {model!r} runs on torch here; use a model that the native code runs whole (Llama, Mistral, "
-    "Qwen2, Qwen3, Phi-3) on a CPU with AVX2, with float32 or bfloat16, or leave {field} out"
+    "{field}={value!r}: {model!r} runs on {code} here; use a model that runs whole in code of our own (Llama, Mistral, "
+    "Qwen2, Qwen3, Phi-3) on {where}, or leave {field} out"
 )
+_CPU = "a CPU with AVX2, with float32 or bfloat16"
 
 
 class ModelRunner:
@@ -126,7 +128,7 @@ class ModelRunner:
         if library is not None:
             attention = partial(NativeAttention, library=library)
         elif gpu is not None:
-            attention = gpu.attention
+            attention = partial(gpu.attention, deterministic=config.deterministic)
         # A model is tried on a few tokens: hundreds of small operations, which wait for threads longer than they work.
         size = sum(parameter.nbytes for parameter in model.parameters())
         with self._threads(most=1 + size // _WORTH_A_THREAD):
@@ -139,21 +141,28 @@ class ModelRunner:
             elif gpu is not None:
                 from pagedllm_core.model.gpu import fuse_on_gpu
 
-                fused = fuse_on_gpu(model, hf_config, layers, gpu.attention, self.max_model_len)
+                fused = fuse_on_gpu(model, hf_config, layers, attention, self.max_model_len, config.deterministic)
             if fused is None:
                 layers = probe()
         self.is_fused = fused is not None
-        for field, value in (("quantization", config.quantization), ("deterministic", config.deterministic)):
-            if value and not isinstance(fused, FusedDecoder):
-                raise UnsupportedModelError(_ONLY_FUSED.format(field=field, value=value, model=self.model_name))
+        if config.quantization is not None and not isinstance(fused, FusedDecoder):
+            self._refuse("quantization", config.quantization, "torch" if fused is None else "Triton kernels", _CPU)
+        if config.deterministic and fused is None:
+            self._refuse("deterministic", True, "torch", f"{_CPU}, or on a GPU with Triton")
         if isinstance(fused, FusedDecoder):
             return fused, layers
         forward = fused or TorchSteps(model, layers, attention, self.device)
-        return (forward if gpu is None else GpuSteps(forward, self.device)), layers
+        return (forward if gpu is None else GpuSteps(forward, self.device, to_host=config.deterministic)), layers
+
+    def _refuse(self, field: str, value: Any, code: str, where: str) -> NoReturn:
+        raise UnsupportedModelError(
+            _ONLY_FUSED.format(field=field, value=value, model=self.model_name, code=code, where=where)
+        )
 
     def _use_gpu(self, steps: GpuSteps, gpu: GpuCode, config: EngineConfig) -> None:
         """Sampling and graphs take their memory before the pool gets the rest."""
-        if self.device.type == "cuda":
+        # Without a sampler all tokens are chosen on the host; with one, the company's requests decide who chooses.
+        if self.device.type == "cuda" and not config.deterministic:
             self.sampler = DeviceSampler(self.device, self.vocab_size, config.max_num_seqs)
             self.sampler.warm_up()
         limit = graph_memory(config, self.device)
@@ -237,13 +246,16 @@ class ModelRunner:
                     torch._C._host_emptyCache()  # pinned memory that torch keeps for later
 
     def _check_determinism(self) -> None:
-        """Only the native code keeps the order of its sums; what it promises is tried on some shapes.
+        """Only code of our own keeps the order of its sums; what it promises is tried on some shapes.
 
         Raises:
             UnsupportedModelError: This model on this machine is not deterministic.
         """
-        with self._threads():
-            different = shapes_that_differ(self._steps.logits, self.vocab_size, self.num_blocks, self.block_size)
+        longest = min(self.max_model_len, LONG if isinstance(self._steps, GpuSteps) else SHORT)
+        with self._threads(), self._on_device():
+            different = shapes_that_differ(
+                self._steps.logits, self.vocab_size, self.num_blocks, self.block_size, longest
+            )
         if different:
             raise UnsupportedModelError(
                 f"deterministic=True: {self.model_name!r} gave other bits on this machine for {', '.join(different)}; "
@@ -338,6 +350,12 @@ def _stored(geometry: LayerGeometry, config: EngineConfig, gpu: GpuCode | None) 
         raise InvalidRequestError(
             f"kv_cache_dtype={config.kv_cache_dtype!r}: needs a GPU with 8-bit floats (Ada, Hopper or newer) and "
             "Triton; leave kv_cache_dtype out"
+        )
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0) and not has_triton((3, 9)):
+        # 3.6 fails on the conversion to bfloat16; those in between were not tried.
+        raise InvalidRequestError(
+            f"kv_cache_dtype={config.kv_cache_dtype!r}: on this GPU needs Triton 3.9 or newer, as older ones do not "
+            "compile it; upgrade triton, or leave kv_cache_dtype out"
         )
     return replace(geometry, dtype=torch.float8_e4m3fn)
 

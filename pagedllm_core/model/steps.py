@@ -74,11 +74,11 @@ class GpuCode(NamedTuple):
     """What runs steps on a GPU; tests bring their own, and run on a CPU.
 
     Attributes:
-        attention: Makes a `TritonAttention`.
+        attention: Makes a `TritonAttention` from what it takes.
         recorder: Makes what records graphs.
     """
 
-    attention: MakeBackend
+    attention: Callable[..., Any]
     recorder: Callable[[torch.device], Recorder] = CudaRecorder
 
 
@@ -97,10 +97,11 @@ class GpuSteps:
     Args:
         forward: The forward pass, over `TritonAttention`.
         device: The GPU.
+        to_host: Give the logits to the host, which waits for them.
     """
 
-    def __init__(self, forward: Forward, device: torch.device) -> None:
-        self._forward, self._device = forward, device
+    def __init__(self, forward: Forward, device: torch.device, to_host: bool = False) -> None:
+        self._forward, self._device, self._to_host = forward, device, to_host
         self._staging = Staging(device)
         self.graphs: DecodeGraphs | None = None
 
@@ -136,6 +137,8 @@ class GpuSteps:
     @torch.inference_mode()
     def logits(self, batch: ForwardBatch) -> torch.Tensor:
         """One step: float32 [L, vocab], one row for each of `batch.logits_rows`; valid until the next step."""
-        if self.graphs is not None and (logits := self.graphs.run(batch)) is not None:
-            return logits
-        return self._forward.compute(self._staging.stage(batch, self._forward.attention.prepare(batch))).float()
+        logits = None if self.graphs is None else self.graphs.run(batch)
+        if logits is None:
+            step = self._staging.stage(batch, self._forward.attention.prepare(batch))
+            logits = self._forward.compute(step).float()
+        return logits.cpu() if self._to_host else logits

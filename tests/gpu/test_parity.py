@@ -18,6 +18,8 @@ from pagedllm_core.config import EngineConfig
 from pagedllm_core.engine import Engine
 from pagedllm_core.errors import UnsupportedModelError
 from pagedllm_core.kv.offload import PreemptionCosts
+from pagedllm_core.model.determinism import LONG, shapes_that_differ
+from pagedllm_core.outputs import RequestOutput
 from pagedllm_core.params import GuidedParams, SamplingParams
 from tests.fakes import run_all
 from tests.gpu.helpers import DEVICE, Watched, captured, decode_logits, distances, gpu_runner, prompt_logits
@@ -195,7 +197,59 @@ def test_guided_requests_come_in_between() -> None:
     assert texts[0]["guided"] in ("Monday", "Sunday")
 
 
-def test_deterministic_is_refused_by_name(model_folder: Folder) -> None:
-    """cuBLAS chooses its order of sums by the batch, so bit-equality cannot be promised on a GPU yet."""
-    with pytest.raises(UnsupportedModelError, match="deterministic=True"):
-        gpu_runner(model_folder("llama"), deterministic=True)
+def scored(runner: Any, together: bool = True, **fields: Any) -> tuple[list[Any], Engine]:
+    """Tokens and log-probabilities of greedy, sampled and penalised requests, together or one after the other."""
+    settings: dict[str, Any] = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 512} | fields
+    engine = Engine(EngineConfig(model="any", **settings), runner=runner)
+    found: dict[str, RequestOutput] = {}
+    for number, prompt in enumerate(random_prompts(LENGTHS)):
+        sampling: dict[str, Any] = {"temperature": 0, "repetition_penalty": 1.2}
+        if number % 2:
+            sampling = {"temperature": 0.9, "top_p": 0.9, "n": 2, "seed": 5}
+        params = SamplingParams(max_tokens=NEW_TOKENS, logprobs=3, ignore_eos=True, **sampling)
+        engine.add(prompt, params, request_id=str(number), stream=False)
+        if not together:
+            found |= run_all(engine)
+    found |= run_all(engine)
+    outputs = [found[str(number)].outputs for number in range(len(LENGTHS))]
+    return [[(one.token_ids, one.logprobs) for one in parts] for parts in outputs], engine
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype"), [("float32", "auto"), ("float16", "auto"), ("bfloat16", "auto"), ("bfloat16", "fp8")]
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_deterministic_bits_are_the_same_however_they_are_computed(
+    name: str, dtype: str, kv_cache_dtype: str, model_folder: Folder
+) -> None:
+    """Alone, together, cached, in chunks and after preemption, with graphs and without. Loading compares steps, too."""
+    fields: dict[str, Any] = {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "deterministic": True}
+    eager, runner = (gpu_runner(model_folder(name), enforce_eager=off, **fields) for off in (True, False))
+    assert runner.is_fused
+    assert runner.sampler is None
+    assert captured(runner)  # by the comparison at load
+    assert not captured(eager)
+    alone, _ = scored(eager, together=False, enable_prefix_caching=False)
+    for one in (eager, runner):
+        assert scored(one)[0] == alone
+        assert scored(one, max_num_batched_tokens=8)[0] == alone
+        for caching in (True, False):
+            found, engine = scored(test_engine.Limited(one, 20), enable_prefix_caching=caching)
+            assert found == alone
+            assert engine.stats().preemptions > 0
+    eager.close()
+    runner.close()
+
+
+def test_without_the_mode_bits_depend_on_the_batch(model_folder: Folder) -> None:
+    """The comparison at load sees differences where there are some."""
+    runner = gpu_runner(model_folder("llama"), dtype="float32")
+    longest = min(LONG, runner.max_model_len)
+    assert shapes_that_differ(runner.run, runner.vocab_size, runner.num_blocks, runner.block_size, longest)
+    runner.close()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_deterministic_is_refused_where_transformers_runs_the_model(name: str, model_folder: Folder) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"deterministic=True: .* runs on torch here"):
+        gpu_runner(model_folder(name), deterministic=True)

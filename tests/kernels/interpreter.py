@@ -3,6 +3,9 @@
 Seen in triton 3.6 and 3.9: from float32, bfloat16 is cut off rather than rounded; e4m3 loses the carry of a rounding
 (126.8 becomes 64); a product of bfloat16 tiles multiplies their bit patterns. Arithmetic on bfloat16 tiles does the
 latter, too, and raises here: kernels compute in float32.
+
+A tensor core sums up every element of a product in one order. BLAS, which multiplies here, has another order for the
+rows at a tile's edge: tests that compare bits set `sums_in_order`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
+sums_in_order = False
 _BITS = {16: torch.int16, 8: torch.uint8}
 _convert, _dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 _binary, _unary = interpreter.InterpreterBuilder.binary_op, interpreter.InterpreterBuilder.unary_op
@@ -34,7 +38,12 @@ def _convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
 def _create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
     if a.dtype.scalar == tl.bfloat16:
         a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
-    return _dot(self, a, b, d, *options)
+    if not sums_in_order:
+        return _dot(self, a, b, d, *options)
+    total = np.zeros_like(d.data)
+    for left, right in zip(a.data.astype(total.dtype).T, b.data.astype(total.dtype), strict=True):
+        total += np.multiply.outer(left, right)
+    return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
 
 
 def _binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:

@@ -247,20 +247,41 @@ def test_fp8_slots_hold_rounded_values_and_their_scales() -> None:
     assert not storage.layer(0).any()
 
 
-@pytest.mark.parametrize("spec", ["plain", "softcap and window"])
-def test_fp8_attention_is_attention_over_the_rounded_cache(spec: str) -> None:
-    step = make_step(12, [(20, 1), (9, 6)], 8, (4, 2), 16)
+def attend_fp8(backend: TritonAttention, step: Step, spec: LayerSpec) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Attention over a rounded cache, the reference's over what that cache holds, and the step's plans."""
     kv = fp8_storage(step.kv.shape[2]).layer(0)
     everything = step.kv.nan_to_num().flatten(2, 3)
     write_cache(everything[0], everything[1], kv, torch.arange(everything.shape[2]))
-    backend = TritonAttention(CPU, 8)
-    got = backend.forward(step.q, step.k, step.v, kv, SPECS[spec], backend.prepare(step.batch))
+    meta = backend.prepare(step.batch)
+    got = backend.forward(step.q, step.k, step.v, kv, spec, meta)
     values, scales = split_fp8(kv)
     assert scales is not None
     dequantised = values.float() * scales[..., None]
     slots = torch.from_numpy(step.batch.slot_mapping)
     k, v = dequantised.flatten(2, 3)[:, :, slots]
-    wanted, _ = run(ReferenceAttention, replace(step, k=k, v=v, kv=dequantised), SPECS[spec])
+    wanted, _ = run(ReferenceAttention, replace(step, k=k, v=v, kv=dequantised), spec)
+    return got, wanted, meta
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("spec", [PLAIN, FEATURES], ids=["plain", "features"])
+@pytest.mark.parametrize(("multiprocessors", "longest"), [(4, 2), (60, 5)])
+def test_fp8_attention_in_several_splits(
+    spec: LayerSpec, multiprocessors: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = TritonAttention(CPU, 8)
+    monkeypatch.setattr(backend, "_multiprocessors", multiprocessors)
+    step = make_step(14, [(40, 1), (0, 1), (75, 1)], 8, (4, 2), 16)
+    got, wanted, meta = attend_fp8(backend, step, spec)
+    torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+    (plan,) = meta.decodes.plans.values()
+    assert int(plan.firsts.diff().max()) == longest
+
+
+@pytest.mark.parametrize("spec", ["plain", "softcap and window"])
+def test_fp8_attention_is_attention_over_the_rounded_cache(spec: str) -> None:
+    step = make_step(12, [(20, 1), (9, 6)], 8, (4, 2), 16)
+    got, wanted, _ = attend_fp8(TritonAttention(CPU, 8), step, SPECS[spec])
     torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
     exact, _ = run(ReferenceAttention, step, SPECS[spec])
     assert 0 < (got - exact).abs().max() < 0.3

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_80 and sm_90, fits their shared memory and spills nothing. No GPU is needed."""
+"""Every Triton kernel compiles for sm_80 (fp8: sm_89) and sm_90, fits and spills nothing. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = {80: 163 << 10, 90: 227 << 10}
+SHARED = {80: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # of an RTX card: an A100 gives 163 KiB
 # Known and harmless: (case, kernel) and the bytes it may spill.
-SPILLS: dict[tuple[str, str], int] = {}
+SPILLS = {("prefill in one loop fp8 256", "prefill_kernel"): 16}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kernels_fit(compiled: list[dict[str, Any]]) -> None:
-    assert {one["target"] for one in compiled} == {80, 90}
+    assert {one["target"] for one in compiled} == SHARED.keys()
     assert [one for one in compiled if one["shared"] > SHARED[one["target"]]] == []
     spills = {(one["case"], one["kernel"]): one["stack"] for one in compiled if one["stack"]}
     assert {name: stack for name, stack in spills.items() if stack > SPILLS.get(name, 0)} == {}
@@ -43,9 +43,14 @@ def test_kernels_fit(compiled: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_attention_uses_the_tensor_cores_and_loads_ahead(compiled: list[dict[str, Any]]) -> None:
-    """In half precision, prefill on Hopper multiplies with wgmma; keys and values are copied while others are used."""
-    prefill = [one for one in compiled if one["kernel"] == "prefill_kernel" and "float32" not in one["case"].split()]
-    assert prefill
-    assert all(one["wgmma"] == (one["target"] == 90) for one in prefill)
+def test_attention_and_products_use_the_tensor_cores_and_load_ahead(compiled: list[dict[str, Any]]) -> None:
+    """In half precision, prefill and products on Hopper multiply with wgmma; what comes next is copied meanwhile."""
+    half = [one for one in compiled if "float32" not in one["case"].split()]
+    for kernel in ("prefill_kernel", "_linear"):
+        multiply = [one for one in half if one["kernel"] == kernel]
+        assert multiply
+        assert all(one["wgmma"] == (one["target"] == 90) for one in multiply)
+    aligned = [one for one in compiled if one["kernel"] == "_linear" and not one["case"].endswith("331")]
+    assert aligned
+    assert all(one["cp_async"] for one in aligned)
     assert all(one["cp_async"] for one in compiled if one["kernel"] in ("decode_kernel", "prefill_kernel"))

@@ -16,6 +16,7 @@ from pagedllm_core.kernels.blocks import copy_blocks
 from pagedllm_core.kernels.cache import write_cache
 from pagedllm_core.kernels.decode_attention import decode_attention, plan_splits
 from pagedllm_core.kernels.fused import add_rms_norm, rope_and_cache, silu_mul
+from pagedllm_core.kernels.linear import linear
 from pagedllm_core.kernels.prefill_attention import prefill_attention, query_tile
 from pagedllm_core.kernels.rules import apply_rules
 from pagedllm_core.kernels.sampling import Workspace, sample_rows, score_rows
@@ -40,7 +41,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 def attention(
     prefill: bool, dtype: torch.dtype, dim: int, block_size: int, cache: torch.dtype | None = None, **spec: Any
 ) -> None:
-    """A step of 64 sequences, 32 query heads over 8 kv heads."""
+    """A step of 64 sequences, 32 query heads over 8 kv heads; `spec` is what the launchers take."""
     kv = KVStorage([LayerGeometry(8, dim, cache or dtype)] * 2, 1000, block_size, META).layer(0)
     q, out = empty(512, 32, dim, dtype=dtype).transpose(0, 1), empty(512, 32, dim, dtype=dtype)
     tables, contexts = empty(64, 48), empty(64)
@@ -61,8 +62,10 @@ def attention_cases() -> Iterator[Case]:
         for dtype, dim, size in ((bf16, 64, 128), (bf16, 128, 16), (fp16, 256, 16), (bf16, 80, 3)):
             yield Case(f"{name} {str(dtype)[6:]} {dim} {size}", partial(attention, prefill, dtype, dim, size))
         yield Case(f"{name} float32", partial(attention, prefill, torch.float32, 128, 16))
-        yield Case(f"{name} features", partial(attention, prefill, bf16, 128, 16, **features))
-        yield Case(f"{name} fp8", partial(attention, prefill, bf16, 128, 16, cache=fp8), 89)
+        for dim in (64, 128, 256):
+            yield Case(f"{name} features {dim}", partial(attention, prefill, bf16, dim, 16, **features))
+            yield Case(f"{name} fp8 {dim}", partial(attention, prefill, bf16, dim, 16, cache=fp8), 89)
+        yield Case(f"{name} fp8 features", partial(attention, prefill, bf16, 256, 16, cache=fp8, **features), 89)
 
 
 def more_attention_cases() -> Iterator[Case]:
@@ -113,6 +116,25 @@ def fused_cases() -> Iterator[Case]:
     yield Case("rope fp8", partial(rope_and_cache, qkv, kv, tables, tables, longs, longs), 89)
 
 
+def deterministic_cases() -> Iterator[Case]:
+    """What the deterministic mode adds: products for one row and many, odd sizes and a bias; attention in one loop."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for rows, inner, columns in ((1, 4096, 6144), (512, 14336, 4096), (3, 100, 331)):
+            x, weight, bias = empty(rows, inner, dtype=dtype), empty(columns, inner, dtype=dtype), None
+            if inner != 14336:
+                bias = empty(columns, dtype=dtype)
+            yield Case(f"linear {str(dtype)[6:]} {rows} {inner} {columns}", partial(linear, x, weight, bias))
+    attend = partial(attention, True, block_size=16, deterministic=True)
+    features = {"window": 1000, "softcap": 50.0, "sinks": empty(32, dtype=torch.float32)}
+    yield Case("prefill in one loop float32", partial(attend, torch.float32, 128))
+    for dim in (64, 128, 256):
+        for spec in ({}, features):
+            label = f"{dim}{' features' if spec else ''}"
+            yield Case(f"prefill in one loop {label}", partial(attend, torch.bfloat16, dim, **spec))
+            fp8 = partial(attend, torch.bfloat16, dim, cache=torch.float8_e4m3fn, **spec)
+            yield Case(f"prefill in one loop fp8 {label}", fp8, 89)
+
+
 def block_cases() -> Iterator[Case]:
     """Copies in the pool, and to the host."""
     for width, dtype in ((128, torch.bfloat16), (132, torch.uint8), (7, torch.uint8)):
@@ -155,5 +177,5 @@ def sampling_cases() -> Iterator[Case]:
         yield Case(f"best {width} {count}", partial(best_of, 151936, width, count, shifted))
 
 
-CASES = [attention_cases, cache_cases, fused_cases, block_cases, sampling_cases]
+CASES = [attention_cases, cache_cases, fused_cases, deterministic_cases, block_cases, sampling_cases]
 MORE_CASES = [more_attention_cases]  # too many to compile in every run of the tests

@@ -19,20 +19,26 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 pytest.importorskip("triton")
-import tests.kernels.interpreter  # noqa: F401
 from pagedllm_core.attention.base import CarriedTokens
 from pagedllm_core.attention.triton_paged import TritonAttention
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.decode.device import DeviceSampler
 from pagedllm_core.engine import Engine
 from pagedllm_core.errors import InvalidRequestError, UnsupportedModelError
+from pagedllm_core.metrics import EngineStats
+from pagedllm_core.model import determinism
 from pagedllm_core.model import gpu as gpu_module
+from pagedllm_core.model.determinism import shapes_that_differ
 from pagedllm_core.model.graphs import Work
 from pagedllm_core.model.runner import ModelRunner
 from pagedllm_core.model.steps import GpuCode, GpuSteps
+from pagedllm_core.outputs import RequestOutput
 from pagedllm_core.params import SamplingParams
+from tests.fakes import run_all
+from tests.kernels import interpreter
 from tests.parity.driver import make_batch, paged_tokens, reference_tokens
 from tests.parity.families import spread_weights
+from tests.parity.test_engine import Limited
 
 VOCAB = 80
 FIELDS: dict[str, dict[str, Any]] = {
@@ -193,10 +199,98 @@ def test_eight_bits_need_the_kernels(folder: Callable[[str], Path]) -> None:
         ModelRunner(config.model_copy(update={"kv_cache_dtype": "fp8"}))
 
 
-@pytest.mark.parametrize(("field", "value"), [("quantization", "int8"), ("deterministic", True)])
-def test_what_only_a_cpus_code_can_do_is_refused(field: str, value: Any, folder: Callable[[str], Path]) -> None:
-    with pytest.raises(UnsupportedModelError, match=field):
-        make_runner(folder("llama"), **{field: value})
+def test_eight_bits_before_hopper_need_a_newer_triton(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    with pytest.raises(InvalidRequestError, match=r"Triton 3\.9 or newer"):
+        make_runner(folder("llama"), kv_cache_dtype="fp8")
+
+
+def test_int8_is_refused(folder: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"quantization='int8': .* runs on Triton kernels here"):
+        make_runner(folder("llama"), quantization="int8")
+
+
+@pytest.fixture
+def few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test of the deterministic mode on fewer shapes, with the sums of a GPU's products."""
+    monkeypatch.setattr(interpreter, "sums_in_order", True)
+    monkeypatch.setattr(determinism, "_LENGTHS", (1, 3, 20))
+    monkeypatch.setattr(determinism, "_CHUNKS", (1, 7))
+
+
+@pytest.mark.usefixtures("few_shapes")
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_deterministic_steps_are_bit_equal_in_any_shape(name: str, folder: Callable[[str], Path]) -> None:
+    """Biases and a sliding window, or norms of queries and keys; eagerly and through graphs."""
+    recorders: list[Recorder] = []
+    runner = make_runner(folder(name), recorders, deterministic=True, max_model_len=24)
+    (recorder,) = recorders
+    assert recorder.captures == 3  # buckets of 1, 2 and 4
+    assert recorder.replays > 20
+    runner.close()
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_a_product_whose_sums_depend_on_the_batch_is_found(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_module, "linear", torch.nn.functional.linear)
+    with pytest.raises(UnsupportedModelError, match=r"gave other bits on this machine for .*chunks of 1"):
+        make_runner(folder("qwen2"), deterministic=True, max_model_len=24)
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_without_the_mode_bits_depend_on_the_batch(folder: Callable[[str], Path]) -> None:
+    runner = make_runner(folder("qwen2"), max_model_len=24)
+    assert shapes_that_differ(runner.run, VOCAB, runner.num_blocks, runner.block_size, longest=24)
+    runner.close()
+
+
+def test_deterministic_is_refused_where_transformers_runs_the_model(folder: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"deterministic=True: .* runs on torch here; .* or on a GPU with"):
+        make_runner(folder("granite"), deterministic=True)
+
+
+def answers(runner: Any, together: bool = True, **fields: Any) -> tuple[list[Any], EngineStats]:
+    """Tokens and log-probabilities of greedy, penalised and sampled requests, together or one after the other."""
+    settings: dict[str, Any] = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64} | fields
+    engine = Engine(EngineConfig(model="any", **settings), runner=runner)
+    found: dict[str, RequestOutput] = {}
+    for number, prompt in enumerate(PROMPTS):
+        sampling: dict[str, Any] = {"temperature": 0, "repetition_penalty": 1.2}
+        if number % 2:
+            sampling = {"temperature": 0.9, "top_p": 0.9, "n": 2, "seed": 5}
+        params = SamplingParams(max_tokens=NEW, logprobs=2, ignore_eos=True, **sampling)
+        engine.add({"prompt_token_ids": prompt}, params, request_id=str(number), stream=False)
+        if not together:
+            found |= run_all(engine)
+    found |= run_all(engine)
+    outputs = [found[str(number)].outputs for number in range(len(PROMPTS))]
+    return [[(one.token_ids, one.logprobs) for one in parts] for parts in outputs], engine.stats()
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_deterministic_answers_are_bit_equal_however_they_are_computed(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelRunner, "_check_determinism", lambda self: None)  # tried above
+    recorders: list[Recorder] = []
+    make = partial(make_runner, folder("qwen2"), recorders, deterministic=True)
+    eager, runner = make(enforce_eager=True), make()
+    alone, _ = answers(eager, together=False)
+    assert alone == answers(eager)[0]
+    assert alone == answers(runner)[0]
+    assert recorders[0].replays > 0
+    assert alone == answers(runner, max_num_batched_tokens=8)[0]
+    squeezed, stats = answers(Limited(runner, 7), enable_prefix_caching=False)
+    assert alone == squeezed
+    assert stats.preemptions > 0
+    eager.close()
+    runner.close()
 
 
 def test_a_wrong_fused_form_is_found_and_left(
