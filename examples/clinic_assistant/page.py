@@ -247,14 +247,14 @@ def main(arguments: argparse.Namespace) -> None:
     watch()
 
 
-def read_arguments() -> argparse.Namespace:
-    """What stands after `--` on the command line."""
+def read_arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """What stands after `--` on the command line, or what is given."""
     parser = argparse.ArgumentParser(description="The clinic assistant as a web page.")
     parser.add_argument("--model", default="tiny", help="any causal language model (default: the bundled one)")
     parser.add_argument("--embedding", metavar="NAME", help="any sentence-transformer (default: one from a package)")
     parser.add_argument("--qdrant", metavar="URL", help="a Qdrant server instead of the embedded one")
     parser.add_argument("--read", type=int, default=READ, help="passages that the model reads (default %(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ answer to `HELD` stops after some pieces until something is written into FOLDER/
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "clini
 
 import page
 from assistant import ClinicAssistant
-from material import READ
 
 HELD = "How long does a full hearing test take?"
 FAILING = "What breaks the page?"
@@ -58,4 +56,4 @@ def close_gates(folder: Path) -> None:
 
 if __name__ == "__main__":
     close_gates(Path(sys.argv[1]))
-    page.main(argparse.Namespace(model="tiny", qdrant=None, read=READ))
+    page.main(page.read_arguments([]))

@@ -37,11 +37,11 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (Debian: apt-get install chromium)"),
 ]
 
-# What a visitor asks, and the words and the leaflet of the answer.
+# What a visitor asks, and the words and the leaflet of the answer: of those that the bundled model answers rightly.
 VISITS = (
     ("Where is the night entrance?", "Tanner Lane", "night_entrance.txt"),
     ("How many chairs does the dialysis unit have?", "eighteen chairs", "dialysis.txt"),
-    ("What does a red wristband mean?", "danger to life", "emergency_department.pdf"),
+    ("How many evenings does the diabetes course have?", "five evenings", "diabetes_course.pdf"),
     ("How does the bedside safe open?", "four digits", "admission_day.pdf"),
 )
 UNANSWERABLE = "How tall is the highest mountain of the country?"
