@@ -13,7 +13,7 @@ starts, and then what comes next; a value of a JSON answer has to be found by it
     layer 3   the beginning of an answer -> the question, or the key before a value
     layer 3   a value in a text          -> its key, where that stands before it
     layer 4   the beginning of an answer -> the sentence of the answer, or the value
-    layer 6   the last two steps again   -> with what the layers between have found out
+    layer 6   copying and pointing again -> in a model of more layers, with what those between have found out
 
 The loss is minus the logarithm of the attention which the right place gets; the model itself stays a plain Llama.
 """
@@ -116,10 +116,12 @@ class Watcher:
     """Keeps the inputs of the attention of the taught layers, so that scores can be computed for a few positions."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
+        layers = model.model.layers
+        self.heads = [head for head in HEADS if head.layer < len(layers)]
         self.attention: dict[int, Any] = {}
         self.inputs: dict[int, dict[str, Any]] = {}
-        for layer in {head.layer for head in HEADS}:
-            self.attention[layer] = model.model.layers[layer].self_attn
+        for layer in {head.layer for head in self.heads}:
+            self.attention[layer] = layers[layer].self_attn
             self.attention[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True)
 
     def _keep(self, layer: int) -> Any:
@@ -152,5 +154,7 @@ class Watcher:
         """For each head whose kind occurs: minus the mean logarithm of the attention to its targets."""
         chosen = {kind: [(row, *place) for row, (found, *place) in targets if found == kind] for kind in Kind}
         return {
-            head: -self.log_mass(head, torch.tensor(chosen[head.kind])).mean() for head in HEADS if chosen[head.kind]
+            head: -self.log_mass(head, torch.tensor(chosen[head.kind])).mean()
+            for head in self.heads
+            if chosen[head.kind]
         }

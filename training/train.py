@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from .attention import HEADS, Kind, Target, Watcher
-from .build import BUNDLED, SEED, configuration, export_weights
+from .attention import Kind, Target, Watcher
+from .build import BUNDLED, SEED, configuration, deepen, export_weights
 from .chatml import END, END_OF_TEXT, segments, token_id
 from .evaluate import evaluate, overall
 from .generator import Generator
@@ -136,24 +136,6 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tens
     return (losses * weight).sum() / weight.sum(), learnt
 
 
-def start_from(model: LlamaForCausalLM, given: LlamaForCausalLM) -> None:
-    """Takes the weights of a model with as many layers or fewer; what it lacks changes nothing at first.
-
-    Each layer that is added begins as a copy of one of the last given ones whose outputs are zero, so that the deeper model
-    computes the same. Source: Gong et al., "Efficient Training of BERT by Progressively Stacking" (2019); the zeros
-    are those of Wu et al., "LLaMA Pro" (2024).
-    """
-    weights = given.state_dict()
-    layers, deeper = given.config.num_hidden_layers, model.config.num_hidden_layers
-    for layer in range(layers, deeper):
-        source = f"model.layers.{layer - (deeper - layers)}."
-        for name in [name for name in weights if name.startswith(source)]:
-            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-            copied = torch.zeros_like(weights[name]) if is_output else weights[name].clone()
-            weights[f"model.layers.{layer}.{name.removeprefix(source)}"] = copied
-    model.load_state_dict(weights)
-
-
 class Trainer:
     """Model, optimisers and the state of one run."""
 
@@ -163,7 +145,7 @@ class Trainer:
         self.run.mkdir(parents=True, exist_ok=True)
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         torch.manual_seed(arguments.seed)
-        self.model = LlamaForCausalLM(configuration())
+        self.model = LlamaForCausalLM(configuration(arguments.layers))
         self.model.set_attn_implementation("training")
         matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         rest = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
@@ -172,13 +154,14 @@ class Trainer:
             torch.optim.AdamW(rest, lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.watcher = Watcher(self.model)
-        self.attention = dict.fromkeys(HEADS, 3.0)
+        self.attention = dict.fromkeys(self.watcher.heads, 3.0)
         self.tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
         self.elapsed, self.tokens, self.step, self.best = 0.0, 0, 0, -1.0
         if arguments.resume and (self.run / "checkpoint.pt").exists():
             self.load()
         elif arguments.weights:
-            start_from(self.model, LlamaForCausalLM.from_pretrained(arguments.weights, dtype=torch.float32))
+            given = LlamaForCausalLM.from_pretrained(arguments.weights, dtype=torch.float32)
+            self.model.load_state_dict(deepen(given.state_dict(), arguments.layers))
         if arguments.elapsed is not None:
             self.elapsed = arguments.elapsed * 60
         self.renew_batches()
@@ -313,6 +296,7 @@ def main() -> None:
     parser.add_argument("--per-task", type=int, default=16)
     parser.add_argument("--elapsed", type=float, help="count this many minutes as already used")
     parser.add_argument("--weights", help="a model folder whose weights a new run starts from")
+    parser.add_argument("--layers", type=int, default=5, help="of the model; --weights may have fewer")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--export", action="store_true", help="write the best model into pagedllm_core/bundled/tiny")
     arguments = parser.parse_args()

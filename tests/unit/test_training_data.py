@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from training import heldout
 from training.attention import Kind
+from training.build import configuration, deepen
 from training.chatml import MARKERS, SPECIAL, segments
 from training.context_tasks import Dialogue
 from training.generator import Generator
@@ -73,6 +75,17 @@ def backend() -> Tokenizer:
     """The tokenizer below it."""
     result: Tokenizer = tokenizer().backend_tokenizer
     return result
+
+
+def test_a_deeper_model_computes_the_same_at_first() -> None:
+    shallow, deep = (LlamaForCausalLM(configuration(layers)).eval() for layers in (3, 5))
+    deep.load_state_dict(deepen(shallow.state_dict(), 5))
+    tokens = torch.randint(0, 2000, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(shallow(tokens).logits, deep(tokens).logits)
+    added = deep.model.layers[3].self_attn
+    assert torch.equal(added.q_proj.weight, shallow.model.layers[1].self_attn.q_proj.weight)
+    assert not added.o_proj.weight.any()
 
 
 def test_generator_is_deterministic() -> None:
