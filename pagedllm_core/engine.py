@@ -301,10 +301,7 @@ class Engine:
         """A step failed: everybody is rewound, and the requests of the step are then tried one at a time.
 
         Where it was interrupted (Ctrl-C), nobody is to blame: all go on in the next step, if there is one. Where memory
-        was short, neither: all go on in smaller steps.
-
-        Raises:
-            EngineClosedError: The device computes no more.
+        was short, neither: all go on in smaller steps. Where the device is lost, EngineClosedError is raised.
 
         Rewinding costs little, as blocks sealed in earlier steps are found again in the prefix cache.
         """

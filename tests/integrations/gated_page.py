@@ -3,12 +3,13 @@
     streamlit run gated_page.py -- FOLDER
 
 While FOLDER/together holds a number, answers begin when so many visitors have asked, so all of them run at once. The
-answer to `HELD` stops after some pieces until something is written into FOLDER/pipe. The answer to `FAILING` fails.
+answer to `HELD` stops after some words until something is written into FOLDER/pipe. The answer to `FAILING` fails.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from assistant import ClinicAssistant
 
 HELD = "How long does a full hearing test take?"
 FAILING = "What breaks the page?"
-PIECES = 4
+WORDS = 4
 
 
 @st.cache_resource
@@ -44,12 +45,14 @@ def close_gates(folder: Path) -> None:
     async def stream_held(self, question):
         if question == FAILING:
             raise RuntimeError("a secret of the machine room")
-        pieces = 0
+        words = 0
         async for part in stream(self, question):
-            yield part
-            pieces += 1
-            if question == HELD and pieces == PIECES:
-                await asyncio.to_thread((folder / "pipe").read_text)
+            # Word by word: where the machine is slow, all of an answer may come in one part.
+            for word in re.findall(r"\s*\S+\s*", part) if question == HELD and isinstance(part, str) else [part]:
+                yield word
+                words += 1
+                if question == HELD and words == WORDS:
+                    await asyncio.to_thread((folder / "pipe").read_text)
 
     ClinicAssistant.retrieve, ClinicAssistant.stream = retrieve_together, stream_held
 
