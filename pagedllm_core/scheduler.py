@@ -22,7 +22,7 @@ from pagedllm_core.kv.pool import BlockPool
 from pagedllm_core.queue import POLICIES
 from pagedllm_core.request import Request, RequestState, Sequence
 
-GOOD_STEPS = 128  # steps that fit, after which steps may be twice as large again
+GOOD_STEPS = 128  # steps that fit, after which steps may be twice as large again; twice as many where that failed
 PROMPT_LOGPROBS_CHUNK = 256  # bounds the logits of a prompt that is being scored: 256 rows of the vocabulary
 
 
@@ -53,7 +53,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self._configured = (max_num_seqs, max_num_batched_tokens)  # both are lower while memory is short
-        self._good_steps = 0
+        self._good_steps, self._patience = 0, GOOD_STEPS
+        self._grew = False  # since the last step that did not fit
         self.waiting = POLICIES[policy]()
         self.running: list[Request] = []  # in the order of `waiting.order`: who is last is preempted first
         self.num_preemptions = 0
@@ -95,8 +96,9 @@ class Scheduler:
         self.swap.commit()
         if (self.max_num_seqs, self.max_num_batched_tokens) != self._configured:
             self._good_steps += 1
-            if self._good_steps == GOOD_STEPS:
+            if self._good_steps >= self._patience:
                 self._limit(2 * self.max_num_batched_tokens)
+                self._grew = True
 
     def shrink(self, batch: ScheduledBatch) -> bool:
         """A step does not fit into the device's memory: no step is more than half as large for a while.
@@ -108,7 +110,9 @@ class Scheduler:
         """
         if len({row.request for row in batch.rows}) <= 1 and all(row.end - row.start == 1 for row in batch.rows):
             return False
-        self._limit(batch.num_tokens // 2)
+        if self._grew:  # too early. Whoever is recomputed from its start must not be kept from its end for ever
+            self._patience, self._grew = 2 * self._patience, False
+        self._limit(min(self.max_num_batched_tokens, batch.num_tokens // 2))
         return True
 
     def _limit(self, tokens: int) -> None:

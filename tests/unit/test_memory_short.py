@@ -116,6 +116,38 @@ def test_steps_grow_again_when_memory_is_there(monkeypatch: pytest.MonkeyPatch) 
     assert engine.scheduler.max_num_seqs == engine.config.max_num_seqs
 
 
+@pytest.mark.parametrize(("caching", "scored"), [(False, None), (True, 1)])
+def test_growing_too_early_keeps_nobody_from_its_end(
+    caching: bool, scored: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed from its start after each step that fails needs more steps than steps wait before they grow."""
+    monkeypatch.setattr(scheduler, "GOOD_STEPS", 8)
+    runner = FakeRunner(num_blocks=100, max_model_len=400)
+
+    def check(batch: ForwardBatch) -> None:
+        if len(batch.token_ids) > 10:
+            raise MemoryError("does not fit")
+
+    runner.before_run = check
+    engine = fake_engine(runner, enable_prefix_caching=caching)
+    prompt = [number % VOCAB for number in range(300)]
+    engine.add(prompt, SamplingParams(max_tokens=3, prompt_logprobs=scored), request_id="long")
+    result = run_all(engine, most_steps=300)["long"]
+    assert result.error is None
+    assert result.outputs[0].token_ids == expected_greedy(prompt, 3, VOCAB)
+
+
+def test_a_step_under_way_that_fails_after_a_smaller_one_raises_no_limit() -> None:
+    engine, _, _ = engine_with_room(1000)
+    engine.scheduler._limit(3)
+    engine.add([number % VOCAB for number in range(30)], SamplingParams(max_tokens=1))
+    engine.scheduler.max_num_batched_tokens = 30
+    batch = engine.scheduler.schedule()
+    engine.scheduler.max_num_batched_tokens = 3
+    assert engine.scheduler.shrink(batch)
+    assert engine.scheduler.max_num_batched_tokens == 3
+
+
 def test_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     engine, _, _ = engine_with_room(16)
     engine.add([1] * 30, SamplingParams(max_tokens=1))
