@@ -7,12 +7,13 @@ import importlib.util
 
 
 @functools.cache
-def has_triton(least: tuple[int, int] = (0, 0)) -> bool:
-    """True where triton is installed, of this version or newer, as it is wherever torch is built for CUDA on Linux."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    if least == (0, 0):
-        return True
+def has_triton() -> bool:
+    """True where triton is installed, as it is wherever torch is built for CUDA on Linux."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_version() -> tuple[int, ...]:
+    """Major and minor number of the installed triton."""
     import triton
 
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= least
+    return tuple(map(int, triton.__version__.split(".")[:2]))

@@ -9,8 +9,8 @@ import torch
 
 from pagedllm_core.errors import EngineClosedError
 
-capturing = threading.Lock()
-"""Held while a CUDA graph is captured: torch allows one capture at a time, and gives no memory back meanwhile."""
+capturing = threading.RLock()
+"""Held while a CUDA graph is captured: torch allows one capture at a time, and memory is given back by nobody else."""
 
 
 def empty_cache() -> None:
@@ -21,7 +21,7 @@ def empty_cache() -> None:
 
 def clear_workspaces() -> None:
     """Let go of cuBLAS's workspaces, which torch keeps by handle and stream; they are made anew when needed."""
-    with suppress(AttributeError):  # not a public function
+    with capturing, suppress(AttributeError):  # not a public function
         torch._C._cuda_clearCublasWorkspaces()
 
 

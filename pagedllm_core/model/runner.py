@@ -19,7 +19,7 @@ from pagedllm_core.config import EngineConfig
 from pagedllm_core.decode.device import DeviceSampler
 from pagedllm_core.decode.logprobs import score_tokens
 from pagedllm_core.errors import CapacityError, InvalidRequestError, UnsupportedModelError, is_out_of_memory
-from pagedllm_core.kernels import has_triton
+from pagedllm_core.kernels import triton_version
 from pagedllm_core.kv.storage import KVStorage, LayerGeometry, block_bytes
 from pagedllm_core.model.cuda import check_device, clear_workspaces, empty_cache
 from pagedllm_core.model.determinism import LONG, SHORT, shapes_that_differ
@@ -351,7 +351,7 @@ def _stored(geometry: LayerGeometry, config: EngineConfig, gpu: GpuCode | None) 
             f"kv_cache_dtype={config.kv_cache_dtype!r}: needs a GPU with 8-bit floats (Ada, Hopper or newer) and "
             "Triton; leave kv_cache_dtype out"
         )
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0) and not has_triton((3, 9)):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0) and triton_version() < (3, 9):
         # 3.6 fails on the conversion to bfloat16; those in between were not tried.
         raise InvalidRequestError(
             f"kv_cache_dtype={config.kv_cache_dtype!r}: on this GPU needs Triton 3.9 or newer, as older ones do not "

@@ -48,7 +48,7 @@ def close_gates(folder: Path) -> None:
         words = 0
         async for part in stream(self, question):
             # Word by word: where the machine is slow, all of an answer may come in one part.
-            for word in re.findall(r"\s*\S+\s*", part) if question == HELD and isinstance(part, str) else [part]:
+            for word in re.findall(r"\s*\S+\s*|\s+", part) if question == HELD and isinstance(part, str) else [part]:
                 yield word
                 words += 1
                 if question == HELD and words == WORDS:
