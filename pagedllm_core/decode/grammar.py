@@ -27,6 +27,7 @@ CACHED_GRAMMARS = 256
 MAX_GRAMMAR_CHARACTERS = 1_000_000
 MAX_GBNF_CHARACTERS = 20_000  # its conversion takes time with the square of its length
 MAX_LITERALS = 64
+_SAMPLE = '{"a b": "é 日本 12"}\n'
 # As `json.dumps` writes; white space that is left to a model may go on for ever.
 _SEPARATORS: JsonCompileOptions = {
     "whitespace_flexible": False,
@@ -129,6 +130,12 @@ class GrammarCompiler:
         if not self._end_tokens:
             raise InvalidRequestError("guided: the model has no end token, so no output could end; leave guided out")
         tokenizer = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=list(self._end_tokens))
+        ids = self._tokenizer.encode(_SAMPLE, add_special_tokens=False)
+        if self._tokenizer.decode(ids) == _SAMPLE and tokenizer.decode_bytes(ids).decode(errors="replace") != _SAMPLE:
+            raise InvalidRequestError(
+                "guided: llguidance reads this model's tokens as other texts than its tokenizer does, so no output "
+                "could be held to anything; repair the decoder in the tokenizer.json, or leave guided out"
+            )
         self._vocabulary = Vocabulary.of(tokenizer, self._end_tokens)
         return self._vocabulary
 

@@ -66,6 +66,25 @@ class Vocabulary:
             ids = [one for character in text for one in self.tokenizer.tokenize_str(character)]
         return ids
 
+    def fragments(self, text: bytes, words: npt.NDArray[np.int32]) -> list[int]:
+        """Tokens that write less of a text which has to come than the tokenizer's own next token does.
+
+        After `"due":` a string has to begin with ` "`, which may be part of a longer token, so llguidance forces none.
+        A model that would rather write a number takes the token of the space alone, and is then in the middle of a
+        token, where it has never been.
+
+        Args:
+            text: What has to come; what follows it is open.
+            words: The tokens that may come, as `Guide.fill` writes them; the tokenizer's own may be none of them.
+        """
+        if len(text) < 2:
+            return []
+        own = self.tokenizer.tokenize_bytes(text)[0]
+        if not words[own // 32] & _bit(own):
+            return []
+        parts = (text[:end] for end in range(1, len(self.tokenizer.decode_bytes([own]))))
+        return [ids[0] for ids in map(self.tokenizer.tokenize_bytes, parts) if len(ids) == 1]
+
     def completes(self, matcher: LLMatcher, tokens: list[int]) -> bool:
         """Whether `tokens` lead from the matcher's state to a complete output."""
         if not tokens:
@@ -157,6 +176,11 @@ class Vocabulary:
         return len(may_come) > len(self.characters) // 2
 
 
+def _bit(token: int) -> np.int32:
+    """The bit of a token in its word of a mask."""
+    return np.int32(1 << token % 32 if token % 32 < 31 else -(1 << 31))
+
+
 def _bits(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.unpackbits(mask, axis=-1, bitorder="little")
 
@@ -217,12 +241,13 @@ class Guide:
             if self.matcher.is_error():
                 self.matcher = None  # out of its limits: the closing is followed from now on
                 token = self.way_on
-            elif not self.may_end:
-                for end in self.vocabulary.end_tokens:
-                    words[end // 32] &= ~np.int32(1 << end % 32 if end % 32 < 31 else -(1 << 31))
+            else:
+                ends = () if self.may_end else self.vocabulary.end_tokens
+                for no in (*ends, *self.vocabulary.fragments(bytes(self.matcher.compute_ff_bytes()), words)):
+                    words[no // 32] &= ~_bit(no)
         if token is not None:
             words.fill(0)
-            words[token // 32] = np.int32(1 << token % 32 if token % 32 < 31 else -(1 << 31))
+            words[token // 32] = _bit(token)
 
     def fits(self, token: int, room: int) -> bool:
         """Whether the output can still be completed with `room` tokens after `token`.

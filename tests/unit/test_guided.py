@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+from tokenizers import decoders
+from transformers import AutoTokenizer
 
+import pagedllm_core
 from pagedllm_core import LLM, GuidedParams, SamplingParams
 from pagedllm_core.decode import grammar as grammar_module
 from pagedllm_core.decode.schema import escapes, prepare_schema
@@ -141,6 +145,29 @@ def test_a_matcher_out_of_its_limits_follows_its_closing(llm: LLM) -> None:
         assert guide.only() == tokens[-1]
         guide.advance(tokens[-1])
     assert json.loads(llm.get_tokenizer().decode(tokens))["mood"] in ("good", "bad")
+
+
+def test_forced_text_is_begun_with_the_tokenizer_s_own_token(llm: LLM) -> None:
+    """After `"name":` only ` "` may come, not the space alone, which is how a number would begin."""
+    tokenizer = llm.get_tokenizer()
+    guide = llm.engine._worker.core.intake.grammars.compile(GuidedParams(json=PERSON)).start()
+    for token in tokenizer.encode('{"name":', add_special_tokens=False):
+        guide.advance(token)
+    assert guide.only() is None  # a longer token could come
+    words = np.zeros((len(tokenizer) + 31) // 32, dtype=np.int32)
+    guide.fill(words)
+    allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+    assert [tokenizer.decode([token]) for token in allowed] == [' "']
+
+
+def test_a_tokenizer_that_llguidance_reads_differently_is_refused() -> None:
+    """As transformers converts one from a GGUF file: `ByteFallback` before `ByteLevel`, which takes no part then."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{pagedllm_core.__path__[0]}/bundled/tiny")
+    byte_level = tokenizer.backend_tokenizer.decoder
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), byte_level])
+    grammars = grammar_module.GrammarCompiler(tokenizer, len(tokenizer), (0,))
+    with pytest.raises(InvalidRequestError, match=r"decoder in its tokenizer\.json"):
+        grammars.compile(GuidedParams(json=PERSON))
 
 
 @pytest.mark.parametrize(
