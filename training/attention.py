@@ -13,7 +13,6 @@ starts, and then what comes next; a value of a JSON answer has to be found by it
     layer 3   the beginning of an answer -> the question, or the key before a value
     layer 3   a value in a text          -> its key, where that stands before it
     layer 4   the beginning of an answer -> the sentence of the answer, or the value
-    layer 6   copying and pointing again -> in a model of more layers, with what those between have found out
 
 The loss is minus the logarithm of the attention which the right place gets; the model itself stays a plain Llama.
 """
@@ -67,8 +66,6 @@ HEADS = (
     Head(Kind.BEGIN, 1, 2, 0.08),
     Head(Kind.OWNED, 1, 3, 0.05),
     Head(Kind.OWNER, 3, 2, 0.08),
-    Head(Kind.COPY, 6, 0, 0.1),
-    Head(Kind.POINT, 6, 1, 0.15),
 )
 
 # position of the query, first and last + 1 position of the place it should look at
@@ -116,12 +113,11 @@ class Watcher:
     """Keeps the inputs of the attention of the taught layers, so that scores can be computed for a few positions."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
-        layers = model.model.layers
-        self.heads = [head for head in HEADS if head.layer < len(layers)]
+        self.heads = HEADS
         self.attention: dict[int, Any] = {}
         self.inputs: dict[int, dict[str, Any]] = {}
         for layer in {head.layer for head in self.heads}:
-            self.attention[layer] = layers[layer].self_attn
+            self.attention[layer] = model.model.layers[layer].self_attn
             self.attention[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True)
 
     def _keep(self, layer: int) -> Any:

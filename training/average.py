@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from .build import BUNDLED, configuration, count_layers, deepen, export_weights
+from .build import BUNDLED, configuration, export_weights
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -29,20 +29,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def average(parts: list[tuple[float, Path]], output: Path) -> None:
-    """Write the weighted mean, with as many layers as the deepest, into a copy of the bundled model's folder, or into that folder itself.
+    """Write the weighted mean into a copy of the bundled model's folder, or into that folder itself.
 
     Raises:
         ValueError: The shares do not add up to 1.
     """
     if abs(sum(share for share, _ in parts) - 1) > 1e-6:
         raise ValueError(f"the shares {[share for share, _ in parts]} do not add up to 1")
-    found = [read_weights(folder) for _, folder in parts]
-    layers = max(map(count_layers, found))
-    read = [(share, deepen(weights, layers)) for (share, _), weights in zip(parts, found, strict=True)]
+    read = [(share, read_weights(folder)) for share, folder in parts]
     mean = {name: torch.stack([share * weights[name] for share, weights in read]).sum(0) for name in read[0][1]}
     if output.resolve() != BUNDLED.resolve():
         shutil.copytree(BUNDLED, output, dirs_exist_ok=True)
-    model = LlamaForCausalLM(configuration(layers))
+    model = LlamaForCausalLM(configuration())
     model.load_state_dict(mean)
     export_weights(model, output)
 

@@ -39,13 +39,13 @@ def corpus(seed: int = SEED, dialogues: int = 4000) -> list[str]:
     return texts
 
 
-def configuration(layers: int = 5) -> LlamaConfig:
-    """The Llama configuration of the model; the bundled one has 5 layers."""
+def configuration() -> LlamaConfig:
+    """The Llama configuration of the model."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=704,
-        num_hidden_layers=layers,
+        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -58,28 +58,6 @@ def configuration(layers: int = 5) -> LlamaConfig:
         eos_token_id=None,
         pad_token_id=None,
     )
-
-
-def count_layers(weights: dict[str, torch.Tensor]) -> int:
-    """Layers of a model, by the names of its weights."""
-    return 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
-
-
-def deepen(weights: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
-    """The weights of a deeper model that computes the same.
-
-    Each layer that is added begins as a copy of one of the last given ones whose outputs are zero. Sources: Gong et
-    al., "Efficient Training of BERT by Progressively Stacking" (2019) for the copies; Wu et al., "LLaMA Pro" (2024) for
-    the zeros.
-    """
-    result, given = dict(weights), count_layers(weights)
-    for layer in range(given, layers):
-        source = f"model.layers.{layer - (layers - given)}."
-        for name in [name for name in result if name.startswith(source)]:
-            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-            copied = torch.zeros_like(result[name]) if is_output else result[name].clone()
-            result[f"model.layers.{layer}.{name.removeprefix(source)}"] = copied
-    return result
 
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

@@ -131,6 +131,7 @@ _CUED = {
 }
 """Words after which a sentence states the value of such a key without naming it."""
 CUES = {key: tuple(cues.split()) for keys, cues in _CUED.items() for key in keys.split()}
+_KNOWN = [field for field in FIELDS if field.key in _TYPED or field.key in CUES]
 
 ASKS = """
 Extract {keys} as JSON.
@@ -202,7 +203,7 @@ def composed_sentence(key: str, value: str, rng: Rng) -> str:
     """A sentence of little words in any order that names a key and then its value, or the other way round."""
     between = f" {joints} " if (joints := _joints(rng, 4)) else " "
     opening = rng.choice(_BREAKS)
-    if rng.random() < 0.75:
+    if rng.random() < 0.65:
         gap = between.rstrip() + opening if between.strip() or opening.strip() else rng.choice([": ", " = ", " is "])
         core = f"{key}{gap}{value}{_CLOSING.get(opening, '')}"
     else:
@@ -286,16 +287,16 @@ def extraction(
     rng: Rng, fields: list[Field] | None = None, asks: list[str] = ASKS, common: tuple[str, ...] = NAMED
 ) -> Dialogue:
     """A text and keys to be answered with a JSON object of the values, in the order of the keys."""
-    chosen = choose(fields or FIELDS, rng, rng.randint(2, 6))
+    chosen = choose(fields or rng.choice([FIELDS, _KNOWN]), rng, rng.randint(2, 6))
     if fields is None:
-        chosen = [_foreign(field, rng) if rng.random() < 0.4 else field for field in chosen]
+        chosen = [_foreign(field, rng) if rng.random() < 0.35 else field for field in chosen]
         chosen = list({field.key: field for field in chosen}.values())
-        if rng.random() < 0.3:  # two of a type, told apart by their names alone
+        if rng.random() < 0.4:  # two of a type
             twin = rng.choice(chosen)
             other = Field(rng.choice(w.NOUNS), twin.kind, twin.make, ())
             if all(other.key != field.key for field in chosen):
-                position = chosen.index(twin)
-                chosen[position] = Field(twin.key, twin.kind, twin.make, ())
+                if rng.random() < 0.5:  # else the name of the other one is all that tells them apart
+                    chosen[chosen.index(twin)] = Field(twin.key, twin.kind, twin.make, ())
                 chosen.append(other)
     values = {field.key: field.make(rng) for field in chosen}
     lines = [sentence(field, values[field.key], rng, common) for field in rng.sample(chosen, len(chosen))]

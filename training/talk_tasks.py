@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from . import values as v
@@ -194,12 +195,15 @@ def talk(rng: Rng) -> Dialogue:
     return Dialogue("talk", messages)
 
 
-def repeat(rng: Rng) -> Dialogue:
-    """Repeats given text word for word: made-up words, sentences or values."""
+def repeat(rng: Rng, rare: Sequence[str] = ()) -> Dialogue:
+    """Repeats given text word for word: made-up words, `rare` ones, sentences or values."""
     messages: list[Message] = []
     for _ in range(rng.randint(1, 4)):
         roll = rng.random()
-        if roll < 0.5:
+        if rare and rng.random() < 0.6:
+            words = [rng.choice(rare) for _ in range(rng.randint(2, 16))]
+            text = " ".join(word.capitalize() if rng.random() < 0.3 else word for word in words)
+        elif roll < 0.5:
             text = " ".join(v.foreign(rng) for _ in range(rng.randint(1, 6)))
         elif roll < 0.6:
             text = " ".join(random_fact(rng).sentence for _ in range(rng.choice([1, 1, 2, 3])))

@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from .attention import Kind, Target, Watcher
-from .build import BUNDLED, SEED, configuration, deepen, export_weights
+from .build import BUNDLED, SEED, configuration, export_weights
 from .chatml import END, END_OF_TEXT, segments, token_id
 from .evaluate import evaluate, overall
-from .generator import Generator
+from .generator import Generator, rare_words
 from .muon import BFLOAT16, Muon
 from .targets import Texts, copies, find_source, find_starts, find_values, find_words
 
@@ -47,7 +47,7 @@ class Batches:
 
     def __init__(self, seed: int, tokenizer: Tokenizer, share: int = 1) -> None:
         self.tokens = TOKENS_PER_STEP // share
-        self.generator = Generator(seed)
+        self.generator = Generator(seed, rare_words(tokenizer))
         self.tokenizer = tokenizer
         self.end = token_id(tokenizer, END_OF_TEXT)
         self.ready: list[list[Encoded]] = []
@@ -145,7 +145,7 @@ class Trainer:
         self.run.mkdir(parents=True, exist_ok=True)
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         torch.manual_seed(arguments.seed)
-        self.model = LlamaForCausalLM(configuration(arguments.layers))
+        self.model = LlamaForCausalLM(configuration())
         self.model.set_attn_implementation("training")
         matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         rest = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
@@ -161,7 +161,7 @@ class Trainer:
             self.load()
         elif arguments.weights:
             given = LlamaForCausalLM.from_pretrained(arguments.weights, dtype=torch.float32)
-            self.model.load_state_dict(deepen(given.state_dict(), arguments.layers))
+            self.model.load_state_dict(given.state_dict())
         if arguments.elapsed is not None:
             self.elapsed = arguments.elapsed * 60
         self.renew_batches()
@@ -296,7 +296,6 @@ def main() -> None:
     parser.add_argument("--per-task", type=int, default=16)
     parser.add_argument("--elapsed", type=float, help="count this many minutes as already used")
     parser.add_argument("--weights", help="a model folder whose weights a new run starts from")
-    parser.add_argument("--layers", type=int, default=5, help="of the model; --weights may have fewer")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--export", action="store_true", help="write the best model into pagedllm_core/bundled/tiny")
     arguments = parser.parse_args()

@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from training import heldout
 from training.attention import Kind
-from training.build import configuration, deepen
 from training.chatml import MARKERS, SPECIAL, segments
 from training.context_tasks import Dialogue
-from training.generator import Generator
+from training.generator import Generator, rare_words
 from training.targets import find_values
 
 ROOT = Path(__file__).parents[2]
@@ -77,17 +75,6 @@ def backend() -> Tokenizer:
     return result
 
 
-def test_a_deeper_model_computes_the_same_at_first() -> None:
-    shallow, deep = (LlamaForCausalLM(configuration(layers)).eval() for layers in (3, 5))
-    deep.load_state_dict(deepen(shallow.state_dict(), 5))
-    tokens = torch.randint(0, 2000, (1, 30), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        assert torch.equal(shallow(tokens).logits, deep(tokens).logits)
-    added = deep.model.layers[3].self_attn
-    assert torch.equal(added.q_proj.weight, shallow.model.layers[1].self_attn.q_proj.weight)
-    assert not added.o_proj.weight.any()
-
-
 def test_generator_is_deterministic() -> None:
     one, two, other = Generator(3), Generator(3), Generator(4)
     first = [render(one.dialogue(i / 50)) for i in range(50)]
@@ -120,6 +107,29 @@ def test_dialogues_are_well_formed() -> None:
         assert all(a != b or a == "tool" for a, b in pairwise(roles))
         assert not re.search(r"\{\^?[a-z]+[=|}]", render(dialogue).split("To call one")[0]) or dialogue.tools
     assert tasks == {"context", "leaflets", "lookup", "recite", "tools", "json", "memory", "talk", "repeat"}
+
+
+def test_rare_words_are_written_with_nearly_every_token_of_letters() -> None:
+    """A token that no answer holds is taken for another one when it has to be copied."""
+    letters = {number for token, number in backend().get_vocab().items() if re.fullmatch("Ġ?[a-z]+", token)}
+    written = {number for word in rare_words(backend()) for number in backend().encode(f" {word}").ids}
+    assert len(letters & written) > 0.97 * len(letters)
+
+
+def test_words_are_replaced_in_text_and_json_answer_alike() -> None:
+    generator, rare = Generator(7, ["zzock"]), 0
+    for dialogue in (generator.dialogue(1.0) for _ in range(900)):
+        if dialogue.task != "json":
+            continue
+        text = "".join(message["content"] for message in dialogue.messages if message["role"] != "assistant").lower()
+        for message in dialogue.messages:
+            if message["role"] == "assistant":
+                values = [
+                    x for v in json.loads(message["content"]).values() for x in (v if isinstance(v, list) else [v])
+                ]
+                assert all(str(value).lower() in text for value in values)
+                rare += "zzock" in str(values).lower()
+    assert rare > 5
 
 
 def test_answers_about_a_text_are_copied_from_it() -> None:
