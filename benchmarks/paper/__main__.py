@@ -32,12 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the requests, and no files")
     parser.add_argument("--figures", nargs="*", choices=list(FIGURES), default=list(FIGURES))
+    parser.add_argument("--beam-model", help="a chat model whose beams are counted, too, as EngineConfig.model")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "paper.md")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "paper", help="where the drawings go")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    report, started = Report(scale=0.1 if arguments.quick else 1.0), time.process_time()
+    report, started = Report(0.1 if arguments.quick else 1.0, arguments.beam_model), time.process_time()
     for name in arguments.figures:
         FIGURES[name](report)
         log.info("figure %s: %.0f s of CPU time so far", name, time.process_time() - started)
@@ -52,7 +53,7 @@ def main() -> None:
     head = (
         "# The paper's figures\n\n"
         f"`python -m benchmarks.paper` on {datetime.now(UTC):%Y-%m-%d}, {platform.platform()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}. All times are virtual; only the beams come from a real model.\n\n"
+        f"Python {platform.python_version()}. All times are virtual; only the beams come from real models.\n\n"
     )
     arguments.output.write_text(head + table(report) + "\n", encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """Blocks that beams share, counted in real searches.
 
-The bundled model chooses the candidates, over the engine's real block tables. It stands in for the paper's OPT-13B:
-what is shared depends on how often beams fork and die, which a small model trained on dialogues only approximates.
+A real model chooses the candidates, over the engine's real block tables: the bundled one, or another that is given. It
+stands in for the paper's OPT-13B: what is shared depends on how often beams fork and die.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pagedllm_core.engine import Engine
 from pagedllm_core.params import SamplingParams
 
 CLINIC = Path(__file__).resolve().parents[2] / "examples" / "clinic"
-LONGEST = 400  # tokens of a prompt or an output; the bundled model's context holds both
+LONGEST = 1000  # tokens of a prompt or an output; the bundled model's context holds both
 
 
 def questions(engine: Engine) -> list[list[int]]:
@@ -30,10 +30,17 @@ def questions(engine: Engine) -> list[list[int]]:
     return found
 
 
-def beam_sharing(width: int, dataset: Dataset = ALPACA, count: int = 16, block_size: int = 16) -> Sharing:
-    """Run `count` searches of this width together, their lengths drawn as the dataset's, and count blocks."""
+def beam_sharing(width: int, dataset: Dataset = ALPACA, count: int = 16, model: str = "tiny") -> Sharing:
+    """Run `count` searches of this width together, their lengths drawn as the dataset's, and count blocks.
+
+    Args:
+        width: Beams of a search.
+        dataset: Where the lengths come from.
+        count: Number of searches.
+        model: A name or folder as `EngineConfig.model`; a chat model whose context holds 2,000 tokens.
+    """
     config = EngineConfig(
-        model="tiny", block_size=block_size, max_num_seqs=count * width, enable_prefix_caching=False, dtype="float32"
+        model=model, block_size=16, max_num_seqs=count * width, max_model_len=2 * LONGEST, enable_prefix_caching=False
     )
     engine, sharing = Engine(config), Sharing()
     prompts = questions(engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from benchmarks.paper.baselines import Reservation, faster_transformer, orca
 from benchmarks.paper.beams import beam_sharing
@@ -40,11 +41,13 @@ class Report:
 
     Attributes:
         scale: Factor on the number of requests; below 1 for a quick look.
+        beam_model: A second model for the beam searches, beside the bundled one.
         rows: The table.
         data: By figure.
     """
 
     scale: float = 1.0
+    beam_model: str | None = None
     rows: list[Row] = field(default_factory=list)
     data: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
@@ -132,14 +135,17 @@ def figure_15(report: Report) -> None:
         saved = simulation.sharing.saved
         report.data.setdefault("15", {}).setdefault("parallel sampling", []).append(saved)
         report.add("15", f"parallel sampling, n={width}, Alpaca, %", saved, f"{paper:g}", paper - 1.5, paper + 1.5)
-    for dataset, low, high in ((ALPACA, 37.56, 55.16), (SHAREGPT, 44.3, 66.3)):
-        for width, paper in beams.items():
-            count = max(4, round((240 if dataset is ALPACA else 24) * report.scale))
-            saved = beam_sharing(width, dataset, count).saved
-            if dataset is ALPACA:
-                report.data["15"].setdefault("beam search", []).append(saved)
-            shown = f"{paper:g}" if dataset is ALPACA else f"{low:g}–{high:g}"
-            report.add("15", f"beam search, width {width}, {dataset.name}, %", saved, shown, low - 5, high + 5)
+    for model in filter(None, ("tiny", report.beam_model)):
+        for dataset, low, high in ((ALPACA, 37.56, 55.16), (SHAREGPT, 44.3, 66.3)):
+            for width, paper in beams.items():
+                count = max(4, round((240 if dataset is ALPACA else 24) * report.scale))
+                saved = beam_sharing(width, dataset, count, model).saved
+                if dataset is ALPACA:
+                    name = "beam search" if model == "tiny" else f"beam search, {Path(model).name}"
+                    report.data["15"].setdefault(name, []).append(saved)
+                shown = f"{paper:g}" if dataset is ALPACA else f"{low:g}–{high:g}"
+                what = f"beam search, width {width}, {dataset.name}, {Path(model).name}, %"
+                report.add("15", what, saved, shown, low - 5, high + 5)
 
 
 def figure_16(report: Report) -> None:
