@@ -96,6 +96,7 @@ class Intake:
             sampling=sampling,
             rules=rules,
             decode=self._decoder(params.skip_special_tokens),
+            decode_token=self._decoder(skip_special_tokens=False),
             root_hash=self._root_hash(params.cache_salt, private),
             max_tokens=limit,
             arrival_time=arrival_time,

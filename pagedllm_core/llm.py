@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 import uuid
@@ -18,6 +19,7 @@ from pagedllm_core.params import SamplingParams
 if TYPE_CHECKING:
     from pagedllm_core.request import Request
 
+logger = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 
 
@@ -88,6 +90,8 @@ class LLM:
         template = ChatTemplate(self.engine.tokenizer, chat_template)
         conversations: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
         prompts: list[Prompt] = []
+        if tools and not template.shows_tools(tools):
+            logger.warning("tools: the chat template does not show them, so the model does not see them")
         for conversation in conversations:
             text = template.render(
                 conversation,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from pagedllm_core.config import ValidatedModel
 
@@ -29,10 +29,17 @@ warnings.filterwarnings("ignore", message='Field name "json" in "GuidedParams" s
 class GuidedParams(ValidatedModel):
     """What the output must conform to; exactly one of the four."""
 
-    json: str | dict[str, Any] | None = Field(None, description="A JSON schema.")  # type: ignore[assignment]
+    json: str | dict[str, Any] | None = Field(  # type: ignore[assignment]
+        None, description="A JSON schema, or a pydantic model, which stands for its own."
+    )
     regex: str | None = Field(None, description="A regular expression.")
     grammar: str | None = Field(None, description="A context-free grammar, in Lark's or in GBNF's notation.")
     choice: list[str] | None = Field(None, min_length=1, description="One of these strings.")
+
+    @field_validator("json", mode="before")
+    @classmethod
+    def _schema_of_model(cls, value: Any) -> Any:
+        return value.model_json_schema() if isinstance(value, type) and issubclass(value, BaseModel) else value
 
     @model_validator(mode="after")
     def _exactly_one(self) -> GuidedParams:

@@ -126,6 +126,7 @@ class Request:
         sampling: The same with the model's defaults filled in.
         rules: What it changes in the logits.
         decode: Its tokens to text, or None where the model has no tokenizer.
+        decode_token: The same for a scored token, which is shown where it is a special one, too.
         root_hash: Start of its blocks' hash chain.
         max_tokens: Most tokens of each sequence, cut at the context limit.
         arrival_time: Engine clock, seconds.
@@ -151,6 +152,7 @@ class Request:
     sampling: Sampling
     rules: LogitsRules
     decode: Decode | None
+    decode_token: Decode | None
     root_hash: bytes
     max_tokens: int
     arrival_time: float

@@ -6,10 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pagedllm_core.chat.formats import ToolFormat
+from pagedllm_core.chat.formats import GENERIC, ToolFormat
 
 Message = dict[str, Any]
 
@@ -34,7 +33,7 @@ def simpler_forms(messages: Sequence[Mapping[str, Any]], knows_tools: bool = Tru
     merged = _merge_neighbours(_fold_late_system(short))
     forms = [merged, _one_call_a_turn(merged)]
     if not knows_tools:
-        forms.append(_merge_neighbours([_as_text(message) for message in merged]))
+        forms.append(_merge_neighbours(_as_text(merged)))
     seen = [[dict(message) for message in messages]]
     for form in (short, *(two for one in forms for two in (one, _no_system(one)))):
         if form not in seen:
@@ -102,18 +101,37 @@ def with_listed_tools(
     text = "You can call these functions:\n" + "\n".join(lines) + f"\nTo call one, answer with {example}"
     first, rest = (messages[0], messages[1:]) if messages and messages[0]["role"] == "system" else (None, messages)
     content = text if first is None else _join(first.get("content"), text)
-    return [{"role": "system", "content": content}, *map(_as_text, rest)]
+    return [{"role": "system", "content": content}, *_as_text(rest, written)]
 
 
-def _as_text(message: Mapping[str, Any]) -> Message:
-    """A turn of the conversation without what such a template would leave out: calls, and the role of their results."""
-    if message["role"] == "tool":
-        return {**message, "role": "user"}
-    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
-    if not calls:
-        return dict(message)
-    content = _join(message.get("content"), "\n".join(calls))
-    return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content}
+def _as_text(messages: Sequence[Mapping[str, Any]], written: ToolFormat = GENERIC) -> list[Message]:
+    """The conversation without what such a template would leave out: calls, and whose results a turn holds."""
+    names: dict[Any, str] = {}
+    turns: list[Message] = []
+    for message in messages:
+        calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+        names.update((call.get("id"), call.get("function", call)["name"]) for call in message.get("tool_calls") or ())
+        turn = {key: value for key, value in message.items() if key != "tool_calls"}
+        if calls:
+            turn["content"] = _join(message.get("content"), _written(calls, written))
+        elif message["role"] == "tool":
+            name = message.get("name") or names.get(message.get("tool_call_id"))
+            turn["role"] = "user"
+            turn["content"] = _join(name and f"Result of {name}:", message.get("content"))
+        turns.append(turn)
+    return turns
+
+
+def _written(calls: Sequence[Mapping[str, Any]], written: ToolFormat) -> str:
+    """Calls as a reply of this format has them."""
+    texts = []
+    for call in calls:
+        arguments = call.get("arguments") or {}
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        texts.append(f"{written.head(call['name'])}{text}{written.tail}")
+    if not written.each:
+        return written.begin + written.separator.join(texts) + written.end
+    return written.separator.join(written.begin + text + written.end for text in texts)
 
 
 def _merge_neighbours(messages: Sequence[Message]) -> list[Message]:

@@ -196,7 +196,7 @@ def append_choice(choice: Choice, token: int, scored: ScoredTokens | None, posit
     if scored is not None and num_logprobs(request) is not None:
         sequence.cumulative_logprob += scored.chosen[position]
         if request.params.logprobs is not None:
-            sequence.logprobs.append(scored.entry(position, request.params.logprobs, request.decode))
+            sequence.logprobs.append(scored.entry(position, request.params.logprobs, request.decode_token))
     take_token(sequence, request, token)
     return sequence
 
@@ -236,5 +236,5 @@ def _score_prompt(request: Request, start: int, logits: torch.Tensor) -> None:
     rows = logits[: len(targets)]
     scored = score_tokens(rows, torch.tensor(targets, device=logits.device), [count] * len(targets))
     if scored is not None:
-        entries = [scored.entry(position, count, request.decode) for position in range(len(targets))]
+        entries = [scored.entry(position, count, request.decode_token) for position in range(len(targets))]
         done.extend(entries[len(done) - start - 1 :])

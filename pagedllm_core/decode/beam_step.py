@@ -146,4 +146,4 @@ def _entries(
     scored = score_tokens(rows, tokens, [count] * len(candidates))
     if scored is None:
         return {}
-    return {candidate: scored.entry(row, count, request.decode) for row, candidate in enumerate(candidates)}
+    return {candidate: scored.entry(row, count, request.decode_token) for row, candidate in enumerate(candidates)}

@@ -131,7 +131,8 @@ class GrammarCompiler:
             raise InvalidRequestError("guided: the model has no end token, so no output could end; leave guided out")
         tokenizer = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=list(self._end_tokens))
         ids = self._tokenizer.encode(_SAMPLE, add_special_tokens=False)
-        if self._tokenizer.decode(ids) == _SAMPLE and tokenizer.decode_bytes(ids).decode(errors="replace") != _SAMPLE:
+        read = tokenizer.decode_bytes(ids).decode(errors="replace").removeprefix(" ")  # many write one in front
+        if self._tokenizer.decode(ids) == _SAMPLE != read:
             raise InvalidRequestError(
                 "guided: llguidance reads this model's tokens as other texts than its tokenizer does, so no output "
                 "could be held to anything; repair the decoder in the tokenizer.json, or leave guided out"
@@ -156,6 +157,10 @@ def _compile(guided: GuidedParams, vocabulary: Vocabulary, added_tokens: Mapping
         raise InvalidRequestError(
             f"guided.{field_name}: an output that satisfies it (of at most {MAX_CLOSING} tokens) could not be found; "
             "simplify it"
+        )
+    if any(token in vocabulary.end_tokens for token in closing):
+        raise InvalidRequestError(
+            f"guided.{field_name}: has an end token inside, where the output would end; leave it out"
         )
     return Grammar(matcher, tuple(closing), vocabulary)
 
@@ -216,7 +221,7 @@ def _runs(guided: GuidedParams, vocabulary: Vocabulary) -> Iterator[list[int]]:
 
 def _plain_runs(patterns: Iterable[str], vocabulary: Vocabulary) -> Iterator[list[int]]:
     for pattern in patterns:
-        for run in re.findall(r"(?:[A-Za-z0-9 _:,@/-]|\\[^\w\s])+", pattern):
+        for run in re.findall(r"(?:[A-Za-z0-9 _:,@/-]|[^\x00-\x7f]|\\[^\w\s])+", pattern):
             yield vocabulary.ids_of(re.sub(r"\\(.)", r"\1", run))
 
 

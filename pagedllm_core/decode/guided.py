@@ -14,6 +14,7 @@ closing of the empty output decides at submission whether the request can be ser
 from __future__ import annotations
 
 import itertools
+import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
 
 MAX_CLOSING = 4096  # tokens; a search for a closing gives up beyond
 MAX_DETOUR = 64  # places where a search in the middle of an output may choose: all requests of a step wait for it
+MAX_LOOK = 64  # bytes of a text that has to come, by which its first token is found
 MAX_FAILURES = 2  # searches without a result, after which a sequence's other candidates are not searched in a step
 # What a closing tries first where several things may come: the ends of what is open, then the shortest values.
-_ENDS = """}],"01ntf[{ :@.aA-/TZ+"""
+_ENDS = """}],"01ntf[{ :@.aA-/TZ+\n\t"""
 _CHARACTERS = _ENDS + "".join(chr(code) for code in range(32, 127) if chr(code) not in _ENDS)
 _QUOTE = _CHARACTERS.index('"')
+_FOLLOWING = tuple(character.encode() for character in ["", *string.ascii_letters, *string.digits, " ", "\n", "é"])
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Vocabulary:
     characters: tuple[list[int], ...]
     single: npt.NDArray[np.int64]
     literals: tuple[list[int], ...] = ()
+    _fragments: dict[bytes, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokenizer: LLTokenizer, end_tokens: tuple[int, ...]) -> Vocabulary:
@@ -66,8 +70,8 @@ class Vocabulary:
             ids = [one for character in text for one in self.tokenizer.tokenize_str(character)]
         return ids
 
-    def fragments(self, text: bytes, words: npt.NDArray[np.int32]) -> list[int]:
-        """Tokens that write less of a text which has to come than the tokenizer's own next token does.
+    def fragments(self, text: bytes) -> tuple[int, ...]:
+        """Tokens with which no tokenizer would begin a text that has to come, though they write a part of it.
 
         After `"due":` a string has to begin with ` "`, which may be part of a longer token, so llguidance forces none.
         A model that would rather write a number takes the token of the space alone, and is then in the middle of a
@@ -75,15 +79,16 @@ class Vocabulary:
 
         Args:
             text: What has to come; what follows it is open.
-            words: The tokens that may come, as `Guide.fill` writes them; the tokenizer's own may be none of them.
         """
-        if len(text) < 2:
-            return []
-        own = self.tokenizer.tokenize_bytes(text)[0]
-        if not words[own // 32] & _bit(own):
-            return []
-        parts = (text[:end] for end in range(1, len(self.tokenizer.decode_bytes([own]))))
-        return [ids[0] for ids in map(self.tokenizer.tokenize_bytes, parts) if len(ids) == 1]
+        text = text[:MAX_LOOK]
+        if len(text) < 2 or text[-1:].isalnum():  # a word that goes on may be written with other tokens
+            return ()
+        if text not in self._fragments:
+            begins = {self.tokenizer.tokenize_bytes(text + one)[0] for one in _FOLLOWING}
+            longest = max(len(self.tokenizer.decode_bytes([token])) for token in begins)
+            parts = (self.tokenizer.tokenize_bytes(text[:end]) for end in range(1, min(longest, len(text) + 1)))
+            self._fragments[text] = tuple(ids[0] for ids in parts if len(ids) == 1 and ids[0] not in begins)
+        return self._fragments[text]
 
     def completes(self, matcher: LLMatcher, tokens: list[int]) -> bool:
         """Whether `tokens` lead from the matcher's state to a complete output."""
@@ -151,10 +156,14 @@ class Vocabulary:
                 if after.consume_tokens(ids) and (after.is_accepting() or not self._is_text(self._may_come(after))):
                     return ids
         turn = visits[may_come] - 1 if varied else 0
-        if varied and self._is_text(may_come):  # what has to come somewhere in a text may come now
+        if varied:
             named = [ids for ids in self.literals if matcher.validate_tokens(ids) == len(ids)]
-            if turn < len(named):
-                return named[turn]
+            first = 0  # what has to come somewhere in a text may come now
+            if not self._is_text(may_come):  # what no character of ours begins has to be tried, too
+                named = [ids for ids in named if self.tokenizer.decode_str(ids)[:1] not in _CHARACTERS]
+                first = 1
+            if first <= turn < first + len(named):
+                return named[turn - first]
         return self.characters[may_come[turn % len(may_come)]]
 
     def _may_come(self, matcher: LLMatcher, asking: bool = False) -> tuple[int, ...]:
@@ -243,7 +252,7 @@ class Guide:
                 token = self.way_on
             else:
                 ends = () if self.may_end else self.vocabulary.end_tokens
-                for no in (*ends, *self.vocabulary.fragments(bytes(self.matcher.compute_ff_bytes()), words)):
+                for no in (*ends, *self.vocabulary.fragments(bytes(self.matcher.compute_ff_bytes()))):
                     words[no // 32] &= ~_bit(no)
         if token is not None:
             words.fill(0)
@@ -271,12 +280,12 @@ class Guide:
         return found
 
     def _closing_after(self, token: int) -> list[int] | None:
+        if token in self.vocabulary.end_tokens:
+            return [] if self.may_end and self.accepting and self.matcher is not None else None
         if self.closing and token == self.closing[0]:
             return self.closing[1:]
         if self.matcher is None:
             return None
-        if token in self.vocabulary.end_tokens:
-            return [] if self.may_end and self.accepting else None
         # What closed before usually closes now, less its beginning where the token has brought that about.
         for begin in range(min(len(self.closing), 6) + 1):
             rest = self.closing[begin:]

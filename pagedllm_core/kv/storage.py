@@ -169,8 +169,8 @@ class KVStorage:
         """Bytes of all pools (on a CPU: reserved, not necessarily touched)."""
         return sum(pool.nbytes for pool in self._pools)
 
-    def __del__(self) -> None:
-        with suppress(Exception):  # the interpreter may be going
+    def __del__(self, suppress: type[suppress[None]] = suppress) -> None:  # type: ignore[type-arg]
+        with suppress(Exception):  # the interpreter may be going, and this module's names with it
             self.free()
 
     def free(self) -> None:

@@ -12,8 +12,18 @@ from torch import nn
 
 from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.attention.native import MOST_DIM, describe_attention
+from pagedllm_core.errors import UnsupportedModelError
 from pagedllm_core.kv.storage import KVStorage
-from pagedllm_core.model.parts import DecoderParts, DoesNotFit, Limits, find_parts, is_near, prove_fused, try_small
+from pagedllm_core.model.parts import (
+    FARTHEST,
+    DecoderParts,
+    DoesNotFit,
+    Limits,
+    find_parts,
+    is_near,
+    prove_fused,
+    try_small,
+)
 from pagedllm_core.model.probe import AttentionLayer, ProbedLayer
 from pagedllm_core.model.support import unsupported
 from pagedllm_core.native.library import DTYPES, DecoderStruct, LayerStruct, PackedLinear, Step
@@ -164,9 +174,14 @@ def fuse(
     )
     exact = probed[0].geometry.dtype == torch.float32 and not int8
     if distance is not None and not is_near(distance, exact):  # the small model was no fair sample of it
+        if int8:
+            raise UnsupportedModelError(
+                f"quantization='int8': changes this model's logits too much (by {distance:.2g} of their size, at most "
+                f"{FARTHEST:g} is allowed): its weights or inputs do not round well to 8 bits; leave quantization out"
+            )
         raise unsupported(
             hf_config,
             f"its fused form has other logits than its own (relative difference {distance:.2g}); "
-            + ("leave quantization out" if int8 else "PAGEDLLM_NATIVE=none runs it unfused"),
+            "PAGEDLLM_NATIVE=none runs it unfused",
         )
     return decoder

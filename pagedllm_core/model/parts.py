@@ -109,9 +109,13 @@ def prove_fused(
     return made[0], float(distances.median())
 
 
+FARTHEST = 0.2
+"""Relative distance of logits up to which rounding to 16 or 8 bits may have moved them."""
+
+
 def is_near(distance: float, exact: bool) -> bool:
     """Whether a fused form's logits are the model's own, but for rounding; `exact` in float32. NaN is not near."""
-    return distance <= (0.01 if exact else 0.2)
+    return distance <= (0.01 if exact else FARTHEST)
 
 
 def try_small(

@@ -150,14 +150,14 @@ def test_equals_reference(backend: str, heads: str, spec: str, step: str) -> Non
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "triton"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_equals_reference_on_random_steps(backend: str, data: st.DataObject) -> None:
     check_random_step(BACKENDS[backend], data)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs triton")
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_triton_equals_reference_on_random_steps(data: st.DataObject) -> None:
     check_random_step(BACKENDS["triton"], data)

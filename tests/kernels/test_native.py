@@ -19,6 +19,7 @@ from pagedllm_core.attention.base import ForwardBatch
 from pagedllm_core.config import EngineConfig
 from pagedllm_core.engine import Engine
 from pagedllm_core.errors import UnsupportedModelError
+from pagedllm_core.model import fuse, loader
 from pagedllm_core.model.determinism import shapes_that_differ
 from pagedllm_core.model.runner import ModelRunner
 from pagedllm_core.native.build import library_path
@@ -237,6 +238,14 @@ def test_int8_is_bit_equal_alone_and_in_company(library: ctypes.CDLL) -> None:
     alone = answers(False, quantization="int8", enable_prefix_caching=False)
     assert answers(True, again=True, quantization="int8") == alone
     assert alone != answers(False, enable_prefix_caching=False), "nothing was rounded"
+
+
+def test_int8_that_changes_the_logits_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "plain_config", lambda folder: None)  # a checkpoint that transformers has to read
+    monkeypatch.setattr(fuse, "is_near", lambda distance, exact: False)
+    message = r"^quantization='int8': changes this model's logits too much \(by 0"
+    with pytest.raises(UnsupportedModelError, match=message):
+        ModelRunner(EngineConfig(model="tiny", quantization="int8"))
 
 
 def test_int8_is_refused_where_torch_runs_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def parts_of(contexts: list[int], window: int | None, multiprocessors: int) -> l
 
 
 @pytest.mark.usefixtures("small_parts")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     contexts=st.lists(st.integers(0, 400), min_size=1, max_size=5),
     window=st.none() | st.integers(1, 300),

@@ -26,7 +26,6 @@ def how_long(examples: int, steps: int) -> settings:
         max_examples=LONG or examples,
         stateful_step_count=steps,
         derandomize=not LONG,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
 

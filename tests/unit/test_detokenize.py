@@ -56,7 +56,7 @@ def test_stream_equals_text(byte_tokenizer: Tokenizer, text: str) -> None:
     assert not any("\ufffd" in piece for piece in out if "\ufffd" not in text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 255), max_size=60))
 def test_random_bytes_equal_decoding_at_once(ids: list[int]) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

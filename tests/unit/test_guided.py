@@ -10,8 +10,9 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from tokenizers import decoders
-from transformers import AutoTokenizer
+from pydantic import BaseModel
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import pagedllm_core
 from pagedllm_core import LLM, GuidedParams, SamplingParams
@@ -42,7 +43,10 @@ def guided(max_tokens: int | None = 80, /, **fields: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, guided=GuidedParams(**fields), **sampling)
 
 
-@pytest.mark.parametrize("pattern", [r"(\d{3}-){2}\d{4}", r"[a-c]{2,5}x?", r"Zürich|Genève", r"\n\t*end"])
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(\d{3}-){2}\d{4}", r"[a-c]{2,5}x?", r"Zürich|Genève", r"\n\t*end"],
+)
 def test_regex(llm: LLM, pattern: str) -> None:
     completion = run(llm, guided(regex=pattern)).outputs[0]
     assert re.fullmatch(pattern, completion.text)
@@ -69,6 +73,14 @@ def test_schema_as_text_or_dictionary(llm: LLM) -> None:
     one, two = run(llm, guided(json=PERSON)), run(llm, guided(json=json.dumps(PERSON)))
     assert one.outputs[0].token_ids == two.outputs[0].token_ids
     assert json.loads(one.outputs[0].text).keys() == {"name", "age", "mood"}
+
+
+def test_schema_of_a_pydantic_model(llm: LLM) -> None:
+    class Pet(BaseModel):
+        name: str
+        age: int
+
+    Pet.model_validate_json(run(llm, guided(json=Pet)).outputs[0].text)
 
 
 def test_forced_text_takes_no_steps(llm: LLM) -> None:
@@ -160,19 +172,56 @@ def test_forced_text_is_begun_with_the_tokenizer_s_own_token(llm: LLM) -> None:
     assert [tokenizer.decode([token]) for token in allowed] == [' "']
 
 
+@pytest.mark.parametrize("pair", [("bell", "belong"), ("cabin", "cable"), ("\n    x", "\n    y")])
+def test_text_is_begun_as_the_tokenizer_begins_one_that_goes_on(llm: LLM, pair: tuple[str, str]) -> None:
+    """What has to come, "bel", would be one token on its own; but "bell" is written `be`, `ll`."""
+    tokenizer = llm.get_tokenizer()
+    start = llm.engine._worker.core.intake.grammars.compile(GuidedParams(choice=list(pair))).start()
+    for word in pair:
+        guide = start.copy()
+        for token in tokenizer.encode(word, add_special_tokens=False):
+            words = np.zeros((len(tokenizer) + 31) // 32, dtype=np.int32)
+            guide.fill(words)
+            assert np.unpackbits(words.view(np.uint8), bitorder="little")[token]
+            guide.advance(token)
+
+
 def test_a_tokenizer_that_llguidance_reads_differently_is_refused() -> None:
     """As transformers converts one from a GGUF file: `ByteFallback` before `ByteLevel`, which takes no part then."""
     tokenizer = AutoTokenizer.from_pretrained(f"{pagedllm_core.__path__[0]}/bundled/tiny")
     byte_level = tokenizer.backend_tokenizer.decoder
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), byte_level])
     grammars = grammar_module.GrammarCompiler(tokenizer, len(tokenizer), (0,))
-    with pytest.raises(InvalidRequestError, match=r"decoder in its tokenizer\.json"):
+    with pytest.raises(InvalidRequestError, match=r"decoder in the tokenizer\.json"):
         grammars.compile(GuidedParams(json=PERSON))
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "decoder"),
+    [
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), "one space is taken away"),
+        (normalizers.Replace(" ", "▁"), "none is"),
+    ],
+)
+def test_a_tokenizer_that_writes_a_space_in_front_is_not_refused(normalizer: Any, decoder: str) -> None:
+    """As Llama 2's does."""
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["</s>", *(f"<0x{i:02X}>" for i in range(256))])
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.normalizer = normalizer
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if "taken" in decoder else steps)
+    tokenizer.train_from_iterator([json.dumps(PERSON)] * 3, trainer)
+    written = json.loads(tokenizer.to_str())  # bytes are no added tokens
+    written["added_tokens"] = [token for token in written["added_tokens"] if not token["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps(written))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=False)
+    grammar_module.GrammarCompiler(fast, len(fast), (0,)).compile(GuidedParams(json=PERSON))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"grammar": 'start: "a" <[2041]> "b"'}, "an end token inside"),
         ({"regex": "(ab"}, r"guided\.regex: cannot be compiled"),
         ({"regex": "(?=a)b"}, r"guided\.regex: cannot be compiled"),
         ({"json": {"type": "strin"}}, r"guided\.json: cannot be compiled: Invalid type: strin"),
@@ -215,7 +264,9 @@ def test_thousands_of_choices(llm: LLM) -> None:
     assert run(llm, guided(choice=options)).outputs[0].text in options
 
 
-@pytest.mark.parametrize("pattern", [r".*END", r"[^\n]*(yes|no)", r"\w+ foo \w+", r"x{3,}y"])
+@pytest.mark.parametrize(
+    "pattern", [r".*END", r"[a-z]+\n", r"\d+€", r"[a-z]+\t[0-9]+", r"[^\n]*(yes|no)", r"\w+ foo \w+", r"x{3,}y"]
+)
 def test_regexes_whose_end_has_to_be_found(llm: LLM, pattern: str) -> None:
     assert re.fullmatch(pattern, run(llm, guided(60, regex=pattern)).outputs[0].text, re.DOTALL)
 

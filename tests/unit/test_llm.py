@@ -202,3 +202,22 @@ def test_importing_brings_in_neither_torch_nor_transformers() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=TINY.parents[2], check=False)
     assert run.returncode == 0
+
+
+def test_scores_show_special_tokens(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=20, logprobs=0)
+    (output,) = llm.chat([{"role": "user", "content": "Repeat: red"}], params, use_tqdm=False)
+    (completion,) = output.outputs
+    shown = [
+        entries[token].decoded_token
+        for token, entries in zip(completion.token_ids, completion.logprobs or (), strict=True)
+    ]
+    assert (completion.text, "".join(shown)) == ("red", "red<|im_end|>")
+
+
+def test_tools_that_the_template_does_not_show_are_warned_of(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    for tools in (None, [tool]):
+        llm.chat([{"role": "user", "content": "Hi"}], tools=tools, chat_template=template, use_tqdm=False)
+        assert ("does not show them" in caplog.text) is (tools is not None)

@@ -83,6 +83,21 @@ def test_the_example_in_a_list_of_tools_is_read_as_a_call(tools):
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=lambda one: one.name)
+def test_earlier_calls_beside_a_list_of_tools_are_written_as_replies_write_them(tools):
+    calls = [
+        {"id": f"call_{name}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, arguments in CALLS
+    ]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": str(i)} for i, call in enumerate(calls)]
+    conversation = [{"role": "assistant", "content": "", "tool_calls": calls}, *results]
+    _, turn, *told = with_listed_tools(conversation, [{"name": "add"}], tools)
+    reply = read_reply(turn["content"], ReplyStyle(tools=tools, names=["add", "say", "now"]))
+    assert (names_and_arguments(reply), reply.content, "tool_calls" in turn) == (CALLS, "", False)
+    expected = [f"Result of {name}:\n\n{i}" for i, (name, _) in enumerate(CALLS)]
+    assert [(one["role"], one["content"]) for one in told] == [("user", text) for text in expected]
+
+
+@pytest.mark.parametrize("tools", FORMATS, ids=lambda one: one.name)
 @pytest.mark.parametrize("reasoning", [None, THINK, MAGISTRAL], ids=["plain", "think", "magistral"])
 @given(data=st.data())
 def test_a_stream_gives_what_the_whole_gives(tools, reasoning, data):

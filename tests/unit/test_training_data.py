@@ -186,7 +186,7 @@ def test_every_byte_is_representable() -> None:
         assert tokenizer().decode(tokenizer().encode(text)) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text())
 def test_roundtrip(text: str) -> None:
     assert tokenizer().decode(tokenizer().encode(text)) == text
