@@ -132,6 +132,7 @@ _CUED = {
 """Words after which a sentence states the value of such a key without naming it."""
 CUES = {key: tuple(cues.split()) for keys, cues in _CUED.items() for key in keys.split()}
 _KNOWN = [field for field in FIELDS if field.key in _TYPED or field.key in CUES]
+_KNOWN += 2 * [field for field in _KNOWN if "mail" in field.key]  # nothing before an address says what comes
 
 ASKS = """
 Extract {keys} as JSON.
@@ -265,7 +266,7 @@ def sentence(field: Field, value: Any, rng: Rng, common: tuple[str, ...] = NAMED
     own = bool(field.ways) and rng.random() < (0.55 if field.kind != "array" else 0.3)
     if common is NAMED and rng.random() < 0.6:
         cues = CUES.get(field.key, ())
-        if own and (field.key in _TYPED or cues) and rng.random() < 0.6:
+        if field.ways and (cues or field.key in _TYPED) and rng.random() < 0.55:
             return capital(composed_typed(shown(value), rng, cues)).replace("..", ".")
         return capital(composed_sentence(field.key.replace("_", " "), shown(value), rng)).replace("..", ".")
     text = rng.choice(field.ways if own else common).replace("{k}", field.key.replace("_", " "))
@@ -287,7 +288,7 @@ def extraction(
     rng: Rng, fields: list[Field] | None = None, asks: list[str] = ASKS, common: tuple[str, ...] = NAMED
 ) -> Dialogue:
     """A text and keys to be answered with a JSON object of the values, in the order of the keys."""
-    chosen = choose(fields or rng.choice([FIELDS, _KNOWN]), rng, rng.randint(2, 6))
+    chosen = choose(fields or rng.choice([FIELDS, _KNOWN, _KNOWN]), rng, rng.randint(2, 6))
     if fields is None:
         chosen = [_foreign(field, rng) if rng.random() < 0.35 else field for field in chosen]
         chosen = list({field.key: field for field in chosen}.values())
