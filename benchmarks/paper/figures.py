@@ -140,9 +140,8 @@ def figure_15(report: Report) -> None:
             for width, paper in beams.items():
                 count = max(4, round((240 if dataset is ALPACA else 24) * report.scale))
                 saved = beam_sharing(width, dataset, count, model).saved
-                if dataset is ALPACA:
-                    name = "beam search" if model == "tiny" else f"beam search, {Path(model).name}"
-                    report.data["15"].setdefault(name, []).append(saved)
+                if dataset is ALPACA and model == "tiny":
+                    report.data["15"].setdefault("beam search", []).append(saved)
                 shown = f"{paper:g}" if dataset is ALPACA else f"{low:g}–{high:g}"
                 what = f"beam search, width {width}, {dataset.name}, {Path(model).name}, %"
                 report.add("15", what, saved, shown, low - 5, high + 5)
