@@ -255,7 +255,7 @@ def test_calls_become_text_where_turns_have_to_alternate_and_tools_are_unknown()
         {"role": "tool", "content": "3", "tool_call_id": "1"},
     ]
     text = ChatTemplate(None, strict).render(chat, simplify=True)
-    assert text == '<user>Be brief.\n\nAdd<assistant>{"name": "add", "arguments": {"a": 1}}<user>3'
+    assert text == '<user>Be brief.\n\nAdd<assistant>{"name": "add", "arguments": {"a": 1}}<user>Result of add:\n\n3'
 
 
 def test_tools_that_a_template_looks_for_elsewhere_are_not_shown():

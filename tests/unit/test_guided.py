@@ -342,6 +342,7 @@ def test_characters_that_have_to_be_escaped(llm: LLM, keyword: str, text: str) -
     value = {"const": text, "enum": [text], "pattern": f"^{re.escape(text)}$"}[keyword]
     kind = {"type": "string"} if keyword == "pattern" else {}
     schema = {"properties": {"a": {**kind, keyword: value}}, "required": ["a"], "additionalProperties": True}
+    schema["type"] = "object"
     assert json.loads(run(llm, guided(120, json=schema)).outputs[0].text)["a"] == text
     assert bool(escapes(schema)) == (text == "Zoë")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -200,9 +201,11 @@ def test_a_prompts_scores_that_do_not_fit_are_made_in_smaller_steps(monkeypatch:
 
 def test_an_engine_whose_device_is_lost_ends_at_once() -> None:
     runner = FakeRunner()
-    steps = []
+    steps: list[int] = []
+    submitted = threading.Event()
 
     def fail(batch: ForwardBatch) -> None:
+        submitted.wait()
         steps.append(len(batch.token_ids))
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -212,6 +215,7 @@ def test_an_engine_whose_device_is_lost_ends_at_once() -> None:
     runner.before_run, runner.check_device = fail, check_device  # type: ignore[method-assign]
     engine = AsyncEngine(EngineConfig(model="fake", block_size=4), runner=runner)
     handles = [engine.submit([number], SamplingParams(max_tokens=3)) for number in range(3)]
+    submitted.set()
     for handle in handles:
         with pytest.raises(EngineClosedError, match="start the process again"):
             handle.result()
