@@ -109,11 +109,12 @@ def _as_text(messages: Sequence[Mapping[str, Any]], written: ToolFormat = GENERI
     names: dict[Any, str] = {}
     turns: list[Message] = []
     for message in messages:
-        calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
-        names.update((call.get("id"), call.get("function", call)["name"]) for call in message.get("tool_calls") or ())
+        calls = message.get("tool_calls") or ()
+        functions = [call.get("function", call) for call in calls]
+        names.update((call.get("id"), function["name"]) for call, function in zip(calls, functions, strict=True))
         turn = {key: value for key, value in message.items() if key != "tool_calls"}
         if calls:
-            turn["content"] = _join(message.get("content"), _written(calls, written))
+            turn["content"] = _join(message.get("content"), _written(functions, written))
         elif message["role"] == "tool":
             name = message.get("name") or names.get(message.get("tool_call_id"))
             turn["role"] = "user"
@@ -122,13 +123,13 @@ def _as_text(messages: Sequence[Mapping[str, Any]], written: ToolFormat = GENERI
     return turns
 
 
-def _written(calls: Sequence[Mapping[str, Any]], written: ToolFormat) -> str:
+def _written(functions: Sequence[Mapping[str, Any]], written: ToolFormat) -> str:
     """Calls as a reply of this format has them."""
     texts = []
-    for call in calls:
-        arguments = call.get("arguments") or {}
+    for function in functions:
+        arguments = function.get("arguments") or {}
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        texts.append(f"{written.head(call['name'])}{text}{written.tail}")
+        texts.append(f"{written.head(function['name'])}{text}{written.tail}")
     if not written.each:
         return written.begin + written.separator.join(texts) + written.end
     return written.separator.join(written.begin + text + written.end for text in texts)

@@ -55,7 +55,7 @@ class Vocabulary:
     characters: tuple[list[int], ...]
     single: npt.NDArray[np.int64]
     literals: tuple[list[int], ...] = ()
-    _fragments: dict[bytes, tuple[int, ...]] = field(default_factory=dict)
+    _fragments: dict[bytes, tuple[int, ...]] = field(default_factory=dict, init=False)  # goes with its grammar
 
     @classmethod
     def of(cls, tokenizer: LLTokenizer, end_tokens: tuple[int, ...]) -> Vocabulary:
@@ -71,7 +71,7 @@ class Vocabulary:
         return ids
 
     def fragments(self, text: bytes) -> tuple[int, ...]:
-        """Tokens with which no tokenizer would begin a text that has to come, though they write a part of it.
+        """Tokens that write a part of a text which has to come, but with which the tokenizer would not begin it.
 
         After `"due":` a string has to begin with ` "`, which may be part of a longer token, so llguidance forces none.
         A model that would rather write a number takes the token of the space alone, and is then in the middle of a
@@ -157,11 +157,10 @@ class Vocabulary:
                     return ids
         turn = visits[may_come] - 1 if varied else 0
         if varied:
-            named = [ids for ids in self.literals if matcher.validate_tokens(ids) == len(ids)]
-            first = 0  # what has to come somewhere in a text may come now
+            first, named = 0, list(self.literals)  # what has to come somewhere in a text may come now
             if not self._is_text(may_come):  # what no character of ours begins has to be tried, too
-                named = [ids for ids in named if self.tokenizer.decode_str(ids)[:1] not in _CHARACTERS]
-                first = 1
+                first, named = 1, [ids for ids in named if self.tokenizer.decode_str(ids)[:1] not in _CHARACTERS]
+            named = [ids for ids in named if matcher.validate_tokens(ids) == len(ids)]
             if first <= turn < first + len(named):
                 return named[turn - first]
         return self.characters[may_come[turn % len(may_come)]]
@@ -252,8 +251,8 @@ class Guide:
                 token = self.way_on
             else:
                 ends = () if self.may_end else self.vocabulary.end_tokens
-                for no in (*ends, *self.vocabulary.fragments(bytes(self.matcher.compute_ff_bytes()))):
-                    words[no // 32] &= ~_bit(no)
+                for unwanted in (*ends, *self.vocabulary.fragments(bytes(self.matcher.compute_ff_bytes()))):
+                    words[unwanted // 32] &= ~_bit(unwanted)
         if token is not None:
             words.fill(0)
             words[token // 32] = _bit(token)
