@@ -102,16 +102,39 @@ def _prepared(schema: Any, closing: bool, strict: bool) -> Any:
     listed = isinstance(done.get("properties"), dict) and set(done.get("required") or ()) <= done["properties"].keys()
     if closing and listed and "additionalProperties" not in done:
         done["additionalProperties"] = False
-    if done.get("uniqueItems") is False or not strict:
-        done.pop("uniqueItems", None)
+    if not strict:
+        _loosen(done)
+    if done.get("uniqueItems") is False:
+        del done["uniqueItems"]
     if isinstance(done.get("format"), str) and done["format"] not in _FORMATS:
         del done["format"]
     least = done.get("minProperties")
     if isinstance(least, int) and least > 1:
-        if strict:
-            raise InvalidRequestError(
-                f"minProperties={least}: cannot be enforced, as an object may repeat a key; name the properties in "
-                "required, or leave minProperties out"
-            )
-        del done["minProperties"]
+        raise InvalidRequestError(
+            f"minProperties={least}: cannot be enforced, as an object may repeat a key; name the properties in "
+            "required, or leave minProperties out"
+        )
     return done
+
+
+def _loosen(schema: dict[str, Any]) -> None:
+    """Leave out of one schema what no grammar can hold an output to, and what llguidance refuses even if lenient."""
+    for name in ("uniqueItems", "minProperties"):
+        schema.pop(name, None)
+    if isinstance(schema.get("$ref"), str) and not schema["$ref"].startswith("#"):
+        del schema["$ref"]
+    if isinstance(schema.get("pattern"), str) and not _is_readable(schema["pattern"]):
+        del schema["pattern"]
+    if isinstance(schema.get("patternProperties"), dict):
+        found = schema["patternProperties"]
+        schema["patternProperties"] = {key: value for key, value in found.items() if _is_readable(key)}
+
+
+def _is_readable(pattern: str) -> bool:
+    """Whether the grammar engine reads this pattern: it has no look-around and no back-references."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError:  # said where the grammar is compiled
+        return True
+    text = json.dumps({"type": "string", "pattern": pattern})
+    return not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(text))

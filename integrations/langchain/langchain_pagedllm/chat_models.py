@@ -69,6 +69,9 @@ class ChatPagedLLM(AllAtOnce, PagedModel, BaseChatModel):
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         # A cache would know a class by its name alone.
+        if kwargs.get("tools"):
+            with as_langchain_errors():
+                kwargs["tools"] = as_tools(kwargs["tools"])
         if is_class(kwargs.get("response_format")):
             kwargs["response_format"] = class_schema(kwargs["response_format"])
         return super()._get_llm_string(stop=stop, **kwargs)

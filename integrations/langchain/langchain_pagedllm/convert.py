@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,11 @@ PROVIDER = "pagedllm"
 _FIRST_TOOL_INDEX = 64
 _FIRST_INVALID_INDEX = 1 << 20
 _TEXT_BLOCKS = {"text", "input_text", "output_text", "text-plain"}
+_REASONING_BLOCKS = ("reasoning", "thinking")  # each has its text under its own name
 _CALL_BLOCKS = {"tool_use": "input", "tool_call": "args"}  # where their arguments are
 _SILENT_BLOCKS = {
     "reasoning", "thinking", "redacted_thinking", "tool_call_chunk", "invalid_tool_call", "function_call",
-    *_CALL_BLOCKS,
+    "server_tool_call", "server_tool_call_chunk", "server_tool_result", "non_standard", *_CALL_BLOCKS,
 }  # fmt: skip
 
 
@@ -82,17 +84,28 @@ def _assistant(message: AIMessage) -> dict[str, Any]:
         if wrong["name"]:
             calls.append((wrong["id"], wrong["name"], {"arguments": wrong["args"] or ""}))
     known = {identity for identity, _, _ in calls}
-    for block in message.content if isinstance(message.content, list) else []:
-        if isinstance(block, dict) and block.get("type") in _CALL_BLOCKS and block.get("id") not in known:
-            calls.append((block.get("id"), block["name"], block.get(_CALL_BLOCKS[block["type"]]) or {}))
+    blocks = [block for block in message.content if isinstance(block, dict)]
+    for block in blocks:
+        if block.get("type") in _CALL_BLOCKS and block.get("id") not in known:
+            calls.append((block.get("id"), _name(block), block.get(_CALL_BLOCKS[block["type"]]) or {}))
+    if not calls and isinstance(legacy := message.additional_kwargs.get("function_call"), Mapping):
+        calls.append((None, _name(legacy), legacy.get("arguments") or {}))
     if calls:
         converted["tool_calls"] = [
             {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
             for identity, name, arguments in calls
         ]
-    if reasoning := message.additional_kwargs.get("reasoning_content"):
+    thoughts = [str(block.get(block["type"]) or "") for block in blocks if block.get("type") in _REASONING_BLOCKS]
+    if reasoning := message.additional_kwargs.get("reasoning_content") or "".join(thoughts):
         converted["reasoning_content"] = reasoning
     return converted
+
+
+def _name(call: Mapping[str, Any]) -> str:
+    name = call.get("name")
+    if not isinstance(name, str) or not name:
+        raise InvalidRequestError(f"messages: {str(dict(call))!r:.80} is a call without a name; give it one")
+    return name
 
 
 def _tool_result(content: Any, call_id: str | None, name: str | None, failed: bool) -> dict[str, Any]:
@@ -200,8 +213,10 @@ class Chunks:
             if completion.finished:
                 pieces += self._reader.finish()
             metadata = {"logprobs": logprobs_content(completion)} if completion.logprobs else {}
-            if pieces or metadata:
-                yield self._chunk(pieces, metadata)
+            # Beside text LangChain takes a piece of a call for the whole of it, so each chunk holds one kind.
+            groups = [list(group) for _, group in itertools.groupby(pieces, _kind)] or ([[]] if metadata else [])
+            for number, group in enumerate(groups):
+                yield self._chunk(group, {} if number else metadata)
             if completion.finished:
                 message = AIMessageChunk(
                     content="",
@@ -222,6 +237,10 @@ class Chunks:
             response_metadata=metadata,
         )
         return ChatGenerationChunk(message=message)
+
+
+def _kind(piece: Piece) -> str:
+    return piece.kind if piece.kind in ("text", "reasoning") else "call"
 
 
 def _call_chunks(pieces: list[Piece]) -> list[ToolCallChunk]:

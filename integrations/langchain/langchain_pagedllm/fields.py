@@ -60,7 +60,7 @@ class PagedModel(AdapterFields):
 
     def _call_params(self, stop: list[str] | None, given: Mapping[str, Any]) -> SamplingParams:
         given = self._by_own_names(given)
-        return self._sampling({**given, "stop": stop} if stop else given)
+        return self._sampling(given if stop is None else {**given, "stop": stop})
 
 
 def check_streamable(call: Call) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -104,6 +105,8 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
+        if self._streams(prompts):
+            return self._joined(list(self._stream(prompts[0], stop, run_manager, **kwargs)))
         with as_langchain_errors():
             engine = self._source_of(kwargs).get()
             key = share_key(run_manager, len(prompts))
@@ -124,6 +127,8 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
+        if self._streams(prompts):
+            return self._joined([chunk async for chunk in self._astream(prompts[0], stop, run_manager, **kwargs)])
         with as_langchain_errors():
             engine = await self._source_of(kwargs).aget()
             key = share_key(run_manager, len(prompts))
@@ -151,7 +156,7 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
             try:
                 for output in handle:
                     for completion in output.outputs:
-                        chunk = GenerationChunk(text=completion.text, generation_info=self._info(completion, kwargs))
+                        chunk = self._chunk(completion, output, kwargs)
                         if run_manager:
                             run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                         yield chunk
@@ -174,7 +179,7 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
             try:
                 async for output in outputs:
                     for completion in output.outputs:
-                        chunk = GenerationChunk(text=completion.text, generation_info=self._info(completion, kwargs))
+                        chunk = self._chunk(completion, output, kwargs)
                         if run_manager:
                             await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                         yield chunk
@@ -187,6 +192,22 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
         timeout = given.get("timeout", self.timeout)
         return Call(params=params, prompt=prompt, timeout=timeout, share_key=given.get("share_key") or key)
 
+    def _streams(self, prompts: list[str]) -> bool:
+        """Whether listeners hear every token: LangChain hands on only the first prompt's."""
+        return self.streaming and len(prompts) == 1 and self.n == 1
+
+    def _chunk(self, completion: CompletionOutput, output: RequestOutput, given: dict[str, Any]) -> GenerationChunk:
+        info = self._info(completion, given)
+        if completion.finished:
+            info = {**(info or {}), "token_usage": _usage([output])}
+        return GenerationChunk(text=completion.text, generation_info=info)
+
+    def _joined(self, chunks: list[GenerationChunk]) -> LLMResult:
+        whole = functools.reduce(operator.add, chunks)
+        info = dict(whole.generation_info or {})
+        llm_output = {"token_usage": info.pop("token_usage"), "model_name": info["model_name"]}
+        return LLMResult(generations=[[Generation(text=whole.text, generation_info=info)]], llm_output=llm_output)
+
     def _result(self, outputs: list[RequestOutput], given: dict[str, Any]) -> LLMResult:
         generations: list[list[Generation]] = [
             [
@@ -195,14 +216,8 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
             ]
             for output in outputs
         ]
-        prompt_tokens = sum(output.metrics.prompt_tokens for output in outputs)
-        output_tokens = sum(output.metrics.output_tokens for output in outputs)
-        usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": output_tokens,
-            "total_tokens": prompt_tokens + output_tokens,
-        }
-        llm_output = {"token_usage": usage, "model_name": self._by_own_names(given).get("model") or self.model}
+        model = self._by_own_names(given).get("model") or self.model
+        llm_output = {"token_usage": _usage(outputs), "model_name": model}
         return LLMResult(generations=generations, llm_output=llm_output)
 
     def _info(self, completion: CompletionOutput, given: dict[str, Any]) -> dict[str, Any] | None:
@@ -214,3 +229,13 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
         if completion.logprobs is not None:
             info["logprobs"] = logprobs_content(completion)
         return info or None
+
+
+def _usage(outputs: list[RequestOutput]) -> dict[str, int]:
+    prompt_tokens = sum(output.metrics.prompt_tokens for output in outputs)
+    output_tokens = sum(output.metrics.output_tokens for output in outputs)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+    }

@@ -64,7 +64,9 @@ def as_tools(tools: Any, strict: bool | None = None) -> list[dict[str, Any]]:
 
 
 def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
-    """A tool in OpenAI's form, with its whole schema: core's conversion has no recursion."""
+    """A tool in OpenAI's form, with its whole schema: core's conversion has no recursion, and texts for decimals."""
+    if isinstance(tool, Mapping) and "title" not in tool and isinstance(tool.get("$ref"), str):
+        tool = {**tool, "title": tool["$ref"].rpartition("/")[2]}  # as pydantic describes a class that holds itself
     try:
         converted = convert_to_openai_tool(tool, strict=strict)
     except (TypeError, ValueError, AttributeError) as error:
@@ -75,12 +77,26 @@ def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
     if isinstance(tool, Tool) and not tool.args_schema:  # one text, whatever its function's signature says
         return converted
     described = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
-    if is_class(described) or described is not tool:
+    plain = isinstance(tool, Mapping) and "title" in tool and not {"parameters", "input_schema"} & tool.keys()
+    if plain or is_class(described) or described is not tool:
         schema = _json_schema(described)
         if "$defs" in schema or "definitions" in schema:
             parameters = {key: value for key, value in schema.items() if key not in ("title", "description")}
             converted["function"]["parameters"] = parameters
+        elif is_class(described):
+            named = {**_without_titles(schema), "title": converted["function"]["name"]}
+            converted["function"]["parameters"] = convert_to_openai_tool(named, strict=strict)["function"]["parameters"]
     return converted
+
+
+def _without_titles(schema: Any, of_names: bool = False) -> Any:
+    """A copy without titles, as core writes the parameters of a class; `of_names`: its keys are a class' own names."""
+    if isinstance(schema, list):
+        return [_without_titles(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if of_names or key != "title"}
+    return {key: _without_titles(value, key == "properties" and not of_names) for key, value in kept.items()}
 
 
 def bindings_and_parser(

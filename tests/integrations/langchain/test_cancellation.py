@@ -9,6 +9,8 @@ import pytest
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_pagedllm import ChatPagedLLM, PagedLLM
+from langgraph.graph import END, START, StateGraph
+from typing_extensions import TypedDict
 
 from pagedllm_core import get_engine, shutdown
 
@@ -136,6 +138,24 @@ async def test_events_v3_and_aclose(chat):
         break
     await stream.aclose()
     assert await freed()  # while the stream is still referred to
+
+
+class Text(TypedDict):
+    text: str
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_step_timeout_of_a_graph(chat, streamed):
+    async def node(state: Text) -> Text:
+        if streamed:
+            await read(chat)
+        return {"text": (await chat.ainvoke(QUESTION)).text}
+
+    graph = StateGraph(Text).add_node("node", node).add_edge(START, "node").add_edge("node", END).compile()
+    graph.step_timeout = 0.01
+    with pytest.raises(TimeoutError):
+        await graph.ainvoke({"text": ""})
+    assert await freed()
 
 
 def test_a_break_in_a_stream(chat):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import os
@@ -9,6 +10,7 @@ import pickle
 
 import pytest
 from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.load import dumps, load
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
@@ -353,6 +355,44 @@ def test_tool_calls_are_read_from_the_reply(chat, monkeypatch, streamed):
     assert (plain.content, plain.tool_calls) == (SCRIPT, [])
 
 
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_no_chunk_holds_text_and_a_piece_of_a_call(monkeypatch, version):
+    """LangChain would take the piece for the whole call, in `content_blocks` and in events of version 3."""
+    scripted(monkeypatch)
+    bound = ChatPagedLLM(model="tiny", output_version=version).bind_tools([add])
+    kinds = [{block["type"] for block in chunk.content_blocks} for chunk in bound.stream(QUESTION)]
+    assert [kind for kind in kinds if kind] == [{"text"}, {"tool_call_chunk"}]
+    (call,) = merged(bound.stream(QUESTION))[0].tool_calls
+    assert call["args"] == {"a": 1, "b": "ü"}
+
+
+def test_raw_completion_streams_to_listeners():
+    class Listener(BaseCallbackHandler):
+        tokens = ()
+
+        def on_llm_new_token(self, token, **kwargs):
+            self.tokens += (token,)
+
+    async def later():
+        return await streaming.agenerate(["One"], callbacks=[listeners[1]])
+
+    given = {"model": "tiny", "max_tokens": 6, "min_tokens": 6, "dtype": "float32", "logprobs": True}
+    streaming, whole, listeners = PagedLLM(streaming=True, **given), PagedLLM(**given), (Listener(), Listener())
+    expected = whole.generate(["One"])
+    for result in (streaming.generate(["One"], callbacks=[listeners[0]]), asyncio.run(later())):
+        (found,), (wanted,) = result.generations[0], expected.generations[0]
+        assert (found.text, found.generation_info) == (wanted.text, wanted.generation_info)
+        assert result.llm_output == expected.llm_output
+    assert ["".join(listener.tokens) for listener in listeners] == [found.text] * 2  # in pieces, but for slow readers
+    assert len(streaming.generate(["One"], n=2, temperature=0.9).generations[0]) == 2
+    assert len(streaming.generate(["One", "Two"]).generations) == 2
+
+
+def test_stop_strings_of_a_call_replace_the_field_s(chat):
+    silent = ChatPagedLLM(model="tiny", max_tokens=24, stop=["e"])
+    assert silent.invoke("Hello", stop=[]).content == chat.invoke("Hello").content != silent.invoke("Hello").content
+
+
 def test_raw_completion():
     llm = PagedLLM(model="tiny", max_tokens=6, min_tokens=6, dtype="float32")
     result = llm.generate(["One", "Two"])
@@ -360,3 +400,15 @@ def test_raw_completion():
     assert [text for (generation,) in result.generations for text in [generation.text]] == llm.batch(["One", "Two"])
     assert "".join(llm.stream("One")) == llm.invoke("One")
     assert result.generations[0][0].generation_info["finish_reason"] == "length"
+
+
+def test_what_other_providers_write_is_read():
+    legacy = AIMessage("", additional_kwargs={"function_call": {"name": "add", "arguments": '{"a": 1}'}})
+    (call,) = to_template_messages([legacy])[0]["tool_calls"]
+    assert call["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    thinking = [{"type": "thinking", "thinking": "Why? "}, {"type": "reasoning", "reasoning": "So."}]
+    other = [{"type": "server_tool_call", "id": "1", "name": "search", "args": {}}, {"type": "non_standard", "value": {}}]
+    (converted,) = to_template_messages([AIMessage([*thinking, *other, {"type": "text", "text": "Yes."}])])
+    assert converted == {"role": "assistant", "content": "Yes.", "reasoning_content": "Why? So."}
+    with pytest.raises(InvalidRequestError, match="a call without a name"):
+        to_template_messages([AIMessage([{"type": "tool_use", "id": "1", "input": {}}])])

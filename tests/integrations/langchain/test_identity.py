@@ -11,7 +11,7 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.load import dumps, loads
 from langchain_pagedllm import ChatPagedLLM, PagedLLM
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, create_model
 
 from pagedllm_core import AsyncEngine
 from pagedllm_core.errors import InvalidRequestError, ModelLoadError
@@ -147,3 +147,13 @@ def test_completions_as_completed_are_in_one_batch(fresh_engines: None) -> None:
         model = PagedLLM(engine=engine, max_tokens=64, ignore_eos=True)
         assert sorted(number for number, _ in model.batch_as_completed(["Go on."] * 40)) == list(range(40))
         assert engine.stats().max_batch_size >= 30
+
+
+def test_a_cache_tells_tools_of_one_name_apart() -> None:
+    def tool_of(name: str) -> type[BaseModel]:
+        return create_model("Answer", __doc__="An answer.", **{name: (int, Field(ge=0, le=9))})
+
+    chat = ChatPagedLLM(model="tiny", cache=InMemoryCache())
+    for name in ("first", "second"):
+        (call,) = chat.invoke("Hi", tools=[tool_of(name)], tool_choice="any").tool_calls
+        assert list(call["args"]) == [name]

@@ -21,8 +21,10 @@ from langchain_core.exceptions import (
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import Tool, tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_pagedllm import ChatPagedLLM
 from langchain_pagedllm.convert import to_template_messages
+from langchain_pagedllm.structured import as_tool
 from pydantic import BaseModel, Field, RootModel
 from pydantic import v1 as pydantic_v1
 from typing_extensions import TypedDict
@@ -164,6 +166,57 @@ def test_decimals_are_numbers(chat):
     assert class_schema(Paid)["properties"]["amount"]["type"] == "number"  # and no text, of which most are none
     model = chat.with_structured_output(Paid)
     assert all(isinstance(model.invoke(QUESTION, max_tokens=count).amount, Decimal) for count in (9, 12, 40))
+
+
+@tool
+def pay(amount: Decimal, title: str = "x") -> str:
+    """Pay an amount."""
+    return str(amount)
+
+
+def test_decimals_of_tools_are_numbers(chat):
+    bound = chat.bind_tools([pay], tool_choice="any")
+    for seed in range(4):
+        (call,) = bound.invoke(QUESTION, temperature=1.6, seed=seed).tool_calls
+        pay.invoke(call["args"])
+    for strict in (None, True):
+        for plain in (add, Described):
+            assert as_tool(plain, strict) == convert_to_openai_tool(plain, strict=strict)
+
+
+class Described(BaseModel):
+    """Properties whose names are keywords."""
+
+    title: str
+    properties: list[int] = Field([], title="Some")
+
+
+def test_what_no_grammar_holds_is_left_out_of_tools(chat):
+    parameters = {
+        "type": "object",
+        "properties": {
+            "to": {"type": "string", "pattern": r"^(?!\.)[a-z]+$", "maxLength": 4},
+            "twice": {"type": "string", "pattern": r"^(a|b)\1$", "maxLength": 4},
+            "from": {"$ref": "https://example.invalid/schema", "type": "integer", "maximum": 9, "minimum": 0},
+            "more": {"type": "object", "patternProperties": {"(?=a)a": {"type": "string"}}, "maxProperties": 0},
+        },
+        "required": ["to", "twice", "from", "more"],
+    }
+    described = {"type": "function", "function": {"name": "mail", "description": "", "parameters": parameters}}
+    (call,) = chat.bind_tools([described], tool_choice="mail").invoke(QUESTION, **WILD).tool_calls
+    assert set(call["args"]) == {"to", "twice", "from", "more"}
+    assert call["args"]["from"] in range(10)
+    assert chat.bind_tools([described]).invoke("Hello").invalid_tool_calls == []
+    for name, schema in list(parameters["properties"].items()):
+        parameters["properties"] = {name: schema}
+        with pytest.raises(ModelInvalidRequestError, match="the parameters of 'mail': cannot be compiled"):
+            chat.bind_tools([described], strict=True).invoke(QUESTION)
+
+
+def test_a_recursive_schema_as_a_function(chat):
+    schema = Twig.model_json_schema()
+    model = chat.with_structured_output(schema, method="function_calling")
+    jsonschema.validate(model.invoke(QUESTION, temperature=2.0, seed=3, logit_bias={OPEN: 5.0}), schema)
 
 
 def test_errors_name_the_tool(chat):
