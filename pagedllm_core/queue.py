@@ -80,16 +80,17 @@ class PriorityQueue(WaitingQueue):
 class FairQueue(WaitingQueue):
     """An equal share of tokens for each `share_key` that has requests; within one, first come, first served.
 
-    Each key has a counter of the tokens it was given, and the waiting key with the smallest counter is next. A key that
-    was idle starts at the level of the others, so that nobody saves up (virtual token counter, Sheng et al., "Fairness
-    in Serving Large Language Models", OSDI 2024).
+    Each key has a counter of the tokens it was given, and the waiting key with the smallest counter is next (virtual
+    token counter, Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024). A key that was idle starts at
+    the level, which rises by everybody's share of what is given, as the virtual time of fair queueing does: so nobody
+    saves up, and whoever waits is below all keys that come later and cannot be overtaken for ever.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._waiting: dict[str | None, WaitingQueue] = {}
         self._counters: dict[str | None, float] = {}
-        self._served: str | None = None  # the key that was admitted last; its counter is the level of an empty queue
+        self._level = 0.0
 
     def __len__(self) -> int:
         """Number of waiting requests."""
@@ -103,7 +104,7 @@ class FairQueue(WaitingQueue):
         """Put a request at its place among those of its key."""
         key = request.share_key
         if key not in self._waiting:
-            self._counters[key] = max(self._counters.get(key, 0.0), self._least())
+            self._counters[key] = max(self._counters.get(key, 0.0), self._level)
             self._waiting[key] = WaitingQueue()
         self._waiting[key].push(request)
 
@@ -117,24 +118,21 @@ class FairQueue(WaitingQueue):
         """Take a request out of any place."""
         queue = self._waiting[request.share_key]
         queue.remove(request)
-        self._served = request.share_key
         if not len(queue):
             del self._waiting[request.share_key]
             self._forget_idle()
 
     def charge(self, request: Request, prompt_tokens: int, output_tokens: int) -> None:
         """Add what a request was given to its key's counter."""
-        cost = prompt_tokens + OUTPUT_WEIGHT * output_tokens
-        self._counters[request.share_key] = self._counters.get(request.share_key, self._least()) + cost
-
-    def _least(self) -> float:
-        return min((self._counters[key] for key in self._waiting), default=self._counters.get(self._served, 0.0))
+        key, cost = request.share_key, prompt_tokens + OUTPUT_WEIGHT * output_tokens
+        self._counters[key] = self._counters.get(key, self._level) + cost
+        self._level += cost / (len(self._waiting) + (key not in self._waiting))
 
     def _forget_idle(self) -> None:
         """Counters that are behind the level say nothing any more; without this they would pile up."""
         if len(self._counters) > 2 * len(self._waiting) + 64:
-            kept, least = {*self._waiting, self._served}, self._least()
-            self._counters = {key: value for key, value in self._counters.items() if key in kept or value > least}
+            counters = self._counters.items()
+            self._counters = {key: value for key, value in counters if key in self._waiting or value > self._level}
 
 
 POLICIES: dict[str, type[WaitingQueue]] = {"fcfs": WaitingQueue, "priority": PriorityQueue, "fair": FairQueue}

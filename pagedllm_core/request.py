@@ -41,6 +41,7 @@ class Sequence:
         self.table = table
         self.swapped: BlockTable | None = None  # its blocks in host memory, while it waits there
         self.num_computed = 0
+        self.num_charged = 0  # tokens that its share was charged for
         self.ahead = 0
         self.cumulative_logprob = 0.0
         self.logprobs: list[dict[int, Logprob]] = []
@@ -98,6 +99,7 @@ class Sequence:
 
     def _copy(self, index: int, table: BlockTable) -> Sequence:
         other = Sequence(index, self.token_ids.copy(), self.prompt_length, table, self._hashes[0])
+        other.num_charged = self.num_charged
         other.cumulative_logprob = self.cumulative_logprob
         other.logprobs = self.logprobs.copy()
         other.num_delivered = self.num_delivered

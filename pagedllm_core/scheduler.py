@@ -274,8 +274,11 @@ class Scheduler:
         for index in range(start // self.block_size, min(end, len(sequence.token_ids)) // self.block_size):
             sequence.table.seal(index, sequence.block_hash(index))
         sequence.num_computed = end
-        prompt_tokens = max(0, min(end, sequence.prompt_length) - start)
-        self.waiting.charge(request, prompt_tokens, count - prompt_tokens)
+        first = max(start, sequence.num_charged)  # what is recomputed was charged already
+        if first < end:
+            prompt_tokens = max(0, min(end, sequence.prompt_length) - first)
+            self.waiting.charge(request, prompt_tokens, end - first - prompt_tokens)
+            sequence.num_charged = end
         batch.rows.append(ScheduledRow(request, sequence, start, end, samples=end == sequence.num_tokens))
 
     def _admit(self, batch: ScheduledBatch, only: Request | None) -> None:
@@ -321,7 +324,7 @@ class Scheduler:
         bisect.insort(self.running, request, key=self.waiting.order)
 
     def _blocks_to_catch_up(self, request: Request) -> int:
-        """Blocks the request takes from the pool until its known tokens are computed, shared ones counted once."""
+        """Blocks it takes until its known tokens are computed and a group has forked; shared ones count once."""
         size = self.block_size
         needed = 0
         seen: set[bytes] = set()
@@ -336,6 +339,9 @@ class Scheduler:
                 block = self.pool.lookup(block_hash)
                 if block is None or self.pool.ref(block) == 0:
                     needed += 1
+        if request.width > 1 and not request.forked and request.max_tokens > 1:
+            # Its sequences write behind the prompt next: all but one copy its last block, or each begins a new one.
+            needed += request.width - (1 if request.sequences[0].num_tokens % size else 0)
         return needed
 
     def _make_room_for_oldest(self, batch: ScheduledBatch, request: Request) -> None:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIT = ("engine", "policies", "swapping", "swapping_faults", "prefix_cache", "sampling", "detokenize", "guided")
-UNIT += ("overlap", "device_sampler")
-PROPERTY = ("pool", "simulator", "state_machines", "guided")
+UNIT += ("overlap", "device_sampler", "beam_rule", "beam")
+PROPERTY = ("pool", "simulator", "state_machines", "guided", "company")
 TESTS = [*(f"tests/unit/test_{name}.py" for name in UNIT), *(f"tests/property/test_{name}.py" for name in PROPERTY)]
 log = logging.getLogger("mutations")
 
@@ -40,6 +40,7 @@ GUIDED, ADVANCE, FINISH = (
     "pagedllm_core/decode/advance.py",
     "pagedllm_core/decode/finish.py",
 )
+QUEUE, BEAM = "pagedllm_core/queue.py", "pagedllm_core/decode/beam.py"
 HASHING, OFFLOAD, ENGINE = "pagedllm_core/kv/hashing.py", "pagedllm_core/kv/offload.py", "pagedllm_core/engine.py"
 MOVES, OVERLAP, REQUEST = "pagedllm_core/moves.py", "pagedllm_core/overlap.py", "pagedllm_core/request.py"
 DEVICE, LAUNCH = "pagedllm_core/decode/device.py", "pagedllm_core/decode/launch.py"
@@ -66,7 +67,7 @@ MUTATIONS = [
         "            self._forget(block)\n        self._pending",
         "            pass\n        self._pending",
     ),
-    Mutation("blocks stay although caching is off", POOL, "if indexed and self._retain and", "if indexed and"),
+    Mutation("blocks stay although caching is off", POOL, " or not self._retain", ""),
     Mutation(
         "sealed blocks are writable",
         POOL,
@@ -156,18 +157,52 @@ MUTATIONS = [
         "                del self._cached[block]\n",
         "                self._cached[block]\n",
     ),
-    Mutation("a block that is not computed is kept", POOL, " and not self._is_pending(block):", ":"),
+    Mutation("beams: any candidate may finish", BEAM, "elif rank < rule.width and not closed:", "elif not closed:"),
+    Mutation(
+        "beams: the end token does not count",
+        BEAM,
+        "finished_score(candidate.score, length)",
+        "finished_score(candidate.score, length - 1)",
+    ),
+    Mutation(
+        "beams: no stop test",
+        BEAM,
+        "        return rule.finished_score(self.scores[0], assumed) > self.finished[-1][0]",
+        "        return True",
+    ),
+    Mutation("beams: never is False", BEAM, "rule.max_tokens if rule.early_stopping", "length if rule.early_stopping"),
+    Mutation("beams: never whatever the penalty", BEAM, " and rule.length_penalty > 0", ""),
+    Mutation("beams: one end token less", BEAM, "max(2, 1 + self.num_end_tokens)", "max(2, self.num_end_tokens)"),
+    Mutation(
+        "beams: True goes on",
+        BEAM,
+        " or (rule.early_stopping is True and self.full)\n        return",
+        "\n        return",
+    ),
+    Mutation("a new key starts below whoever waits", QUEUE, "self._level += cost", "self._level += 0 * cost"),
+    Mutation("an idle key saves up", QUEUE, "max(self._counters.get(key, 0.0), self._level)", "0.0"),
+    Mutation("what is recomputed is charged again", SCHEDULER, "max(start, sequence.num_charged)", "start"),
+    Mutation(
+        "a group is admitted without room to fork", SCHEDULER, "needed += request.width", "needed += 0 * request.width"
+    ),
+    Mutation("a block that is not computed is kept", POOL, " or self._is_pending(block)", ""),
     Mutation(
         "the second block of one content is kept",
         POOL,
-        "indexed = block_hash is not None and self._index.get(block_hash) == block",
-        "indexed = block_hash is not None",
+        "return self._index.setdefault(block_hash, block) == block",
+        "return True",
+    ),
+    Mutation(
+        "the second block of one content is lost with the first",
+        POOL,
+        "self._index.setdefault(block_hash, block) == block",
+        "self._index.get(block_hash) == block",
     ),
     Mutation(
         "the second block of one content is found",
         POOL,
-        "self._index.setdefault(block_hash, block)",
-        "self._index[block_hash] = block",
+        "        self._index.setdefault(block_hash, block)\n",
+        "        self._index[block_hash] = block\n",
     ),
     Mutation(
         "forgetting a block forgets its twin",
@@ -266,8 +301,8 @@ MUTATIONS = [
     Mutation(
         "swapped in beyond the token budget",
         SCHEDULER,
-        "            return batch.num_tokens + rows <= self.max_num_batched_tokens\n",
-        "            return True\n",
+        "batch.num_tokens + rows <= self.max_num_batched_tokens",
+        "True",
     ),
     Mutation(
         "swapped out and too large to come back",
@@ -441,8 +476,8 @@ MUTATIONS = [
     Mutation(
         "guided: the smallest output is not looked at",
         "pagedllm_core/intake.py",
-        "if len(grammar.closing) > limit:",
-        "if False:",
+        "needed = len(grammar.closing)",
+        "needed = 0",
     ),
     Mutation(
         "guided: objects stay open", "pagedllm_core/decode/schema.py", 'done["additionalProperties"] = False', "pass"

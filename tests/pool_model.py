@@ -145,7 +145,7 @@ class PoolModel:
         content = self.sealed[block]
         if self.readers[block]:
             pass
-        elif content is not None and self.retain and self.found.get(content) == block and block not in self.pending:
+        elif self.retain and self._found_from_now_on(block):
             self.now += 1
             self.cached[block] = self.now
             self.departures.append((self.now, block))
@@ -155,6 +155,10 @@ class PoolModel:
         if content is not None:
             self._compare(content)
         return None
+
+    def _found_from_now_on(self, block: int) -> bool:
+        content = self.sealed[block]
+        return content is not None and block not in self.pending and self.found.setdefault(content, block) == block
 
     def commit(self) -> None:
         """The step succeeded."""

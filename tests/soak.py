@@ -60,7 +60,8 @@ def main() -> int:
     pool = parts.add_parser("pool", help="random operations on the block pool")
     pool.add_argument("--operations", type=int, default=10_000_000)
     simulator = parts.add_parser("simulator", help="random traffic through the scheduler")
-    simulator.add_argument("--seeds", type=int, default=5_000)
+    simulator.add_argument("--seeds", type=int, default=10_000)
+    simulator.add_argument("--requests", type=int, default=200)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # requests that end for want of blocks are part of the traffic
     if arguments.part == "pool":
@@ -70,7 +71,7 @@ def main() -> int:
         "seeds",
         arguments.seeds,
         arguments.first,
-        lambda seed: min(1, simulate(seed, overlaps=seed % 2 == 1)),
+        lambda seed: min(1, simulate(seed, seed % 2 == 1, arguments.requests)),
     )
 
 

@@ -205,8 +205,12 @@ def random_params(generator: random.Random, seats: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=count)
 
 
-def simulate(seed: int, overlaps: bool = False) -> int:
-    """Random traffic until all of it has ended, exactly, in a pool of 2 to 200 blocks; returns the steps it took."""
+def simulate(seed: int, overlaps: bool = False, requests: int = 30) -> int:
+    """Random traffic until all of it has ended, exactly, in a pool of 2 to 200 blocks; returns the steps it took.
+
+    Every step lets the oldest request advance, which never loses what it has: so there are at most as many steps as
+    tokens, after the last request has come.
+    """
     generator = random.Random(seed)
     seats = generator.choice([1, 4, 16])
     ledger = Ledger(
@@ -221,10 +225,11 @@ def simulate(seed: int, overlaps: bool = False) -> int:
         overlaps=overlaps,
     )
     ledger.engine._recover = unexpected  # type: ignore[method-assign]  # recovering would hide a mistake
-    left = 30
+    left = requests
+    coming = 0
     while left or ledger.engine.has_unfinished:
         while left and generator.random() < 0.4:
-            left -= 1
+            left, coming = left - 1, ledger.steps + 1
             ledger.add(
                 random_prompt(generator, list(ledger.asked.values())),
                 random_params(generator, seats),
@@ -235,7 +240,9 @@ def simulate(seed: int, overlaps: bool = False) -> int:
         if ledger.asked and generator.random() < 0.02:
             ledger.abort(generator.choice(list(ledger.asked)))
         ledger.step()
-        assert ledger.steps < 20_000, "no progress"
+        asked = ledger.asked.values()
+        most = coming + sum(len(one.prompt) + one.params.width * (one.params.max_tokens or 0) for one in asked)
+        assert left or ledger.steps <= most, "no progress"
     ledger.finish()
     return ledger.steps
 

@@ -109,13 +109,18 @@ class BlockPool:
         self._ref[block] -= 1
         if self._ref[block] > 0:
             return
-        block_hash = self._hash[block]
-        indexed = block_hash is not None and self._index.get(block_hash) == block
-        if indexed and self._retain and not self._is_pending(block):
+        if self._stays(block):
             self._cached[block] = None
         else:
             self._forget(block)
             self._free[block] = None
+
+    def _stays(self, block: int) -> bool:
+        """True where a block that nobody reads can be found again; if its twin was evicted, it is from now on."""
+        block_hash = self._hash[block]
+        if block_hash is None or not self._retain or self._is_pending(block):
+            return False
+        return self._index.setdefault(block_hash, block) == block
 
     def seal(self, block: int, block_hash: bytes) -> None:
         """Give a block whose last slot was just assigned its hash; it is pending until `commit`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,57 @@ def test_counters_are_bounded() -> None:
         engine.add([1], SamplingParams(max_tokens=1), share_key=f"key {number}")
         run_all(engine)
     assert len(engine.scheduler.waiting._counters) < 200  # type: ignore[attr-defined]
+
+
+def test_single_calls_without_end_do_not_starve_a_batch() -> None:
+    """Five callers, each of whom calls again with a new key as soon as the last call has ended; two seats."""
+    engine = fake_engine(FakeRunner(num_blocks=512), max_num_seqs=2, scheduling_policy="fair")
+    for number in range(12):
+        engine.add([1, 2, 3], PARAMS, request_id=f"batch {number}", share_key="batch")
+    calls, calling, finished = 0, 0, Counter[str]()
+    for _ in range(500):
+        while calling < 5:
+            engine.add([4, 5, 6], PARAMS, request_id=f"call {calls}", share_key=f"key {calls}")
+            calls, calling = calls + 1, calling + 1
+        ended = Counter(output.request_id.split()[0] for output in engine.step() if output.finished)
+        calling -= ended["call"]
+        finished += ended
+    assert finished["batch"] == 12
+    assert finished["call"] > 200
+    assert len(engine.scheduler.waiting._counters) < 100  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_shares_are_equal_where_memory_is_short(caching: bool) -> None:
+    """Who comes later is preempted more often; what is recomputed then does not count against its share."""
+    engine = fake_engine(
+        FakeRunner(num_blocks=30), max_num_seqs=16, scheduling_policy="fair", enable_prefix_caching=caching
+    )
+    params = SamplingParams(max_tokens=40, temperature=0)
+    for number in range(200):
+        engine.add([number % 60, number // 60] * 4, params, request_id=f"early {number}", share_key="early")
+    for _ in range(60):
+        engine.step()
+    for number in range(100):
+        engine.add([60, number % 60, number // 60, 7] * 2, params, request_id=f"late {number}", share_key="late")
+    given = Counter[str]()
+    for _ in range(800):
+        for output in engine.step():
+            given[output.request_id.split()[0]] += sum(len(one.token_ids) for one in output.outputs)
+    assert engine.scheduler.num_preemptions > 50
+    assert 0.9 < given["late"] / given["early"] < 1.1
+
+
+@pytest.mark.parametrize("length", [8, 9])
+@pytest.mark.parametrize("kind", [{"use_beam_search": True}, {"temperature": 1.0, "seed": 1}])
+def test_a_group_is_admitted_once_it_can_fork(kind: dict[str, Any], length: int) -> None:
+    """Admitted with blocks for its prompt alone, it would be preempted in its next step."""
+    engine = fake_engine(FakeRunner(num_blocks=12, generation_defaults={}), enable_prefix_caching=False)
+    engine.add([1] * 24, SamplingParams(temperature=0, max_tokens=8))
+    engine.step()
+    engine.add([2] * length, SamplingParams(max_tokens=6, n=4, **kind))
+    assert all(output.metrics.preemptions == 0 for output in run_all(engine).values())
+    assert engine.stats().tokens_prefilled == 24 + length
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])

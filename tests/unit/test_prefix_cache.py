@@ -188,3 +188,17 @@ def test_the_prefix_unread_for_longest_goes_first_and_its_tail_before_its_head()
     ask(engine, other, greedy(1))  # takes six blocks: the four free ones, then two of the new prompt's
     assert ask(engine, old, greedy(1)).metrics.cached_tokens == 16
     assert ask(engine, new, greedy(1)).metrics.cached_tokens == 8
+
+
+def test_a_block_is_found_although_its_twin_was_evicted() -> None:
+    """Two requests compute the same blocks in one step; those that are found first go, the others are as good."""
+    engine = fake_engine(FakeRunner(num_blocks=14), max_num_batched_tokens=64)
+    prompt = [1, 2, 3, 4, 5]
+    engine.add(prompt, SamplingParams(temperature=0, max_tokens=8), request_id="short")
+    engine.add(prompt, SamplingParams(temperature=0, max_tokens=20), request_id="long")
+    while "short" in engine._requests:
+        engine.step()
+    engine.add([9] * 38, SamplingParams(temperature=0, max_tokens=1))  # takes what `short` left
+    run_all(engine)
+    history = prompt + expected_greedy(prompt, 20, 61)
+    assert ask(engine, [*history, 3], greedy(1)).metrics.cached_tokens == len(history) // 4 * 4

@@ -407,7 +407,7 @@ def test_what_other_providers_write_is_read():
     (call,) = to_template_messages([legacy])[0]["tool_calls"]
     assert call["function"] == {"name": "add", "arguments": '{"a": 1}'}
     thinking = [{"type": "thinking", "thinking": "Why? "}, {"type": "reasoning", "reasoning": "So."}]
-    other = [{"type": "server_tool_call", "id": "1", "name": "search", "args": {}}, {"type": "non_standard", "value": {}}]
+    other = [{"type": "server_tool_call", "id": "1", "name": "find", "args": {}}, {"type": "non_standard", "value": {}}]
     (converted,) = to_template_messages([AIMessage([*thinking, *other, {"type": "text", "text": "Yes."}])])
     assert converted == {"role": "assistant", "content": "Yes.", "reasoning_content": "Why? So."}
     with pytest.raises(InvalidRequestError, match="a call without a name"):
