@@ -1,7 +1,7 @@
 """The property tests for as long as you like; the default suite runs a part of each.
 
     python -m tests.soak pool --operations 10000000     # random operations against `tests/pool_model.py`
-    python -m tests.soak simulator --seeds 5000         # random traffic, `tests/traffic.py`
+    python -m tests.soak simulator --seeds 10000        # random traffic of 200 requests each, `tests/traffic.py`
     PAGEDLLM_EXAMPLES=5000 python -m pytest --timeout 0 tests/property/test_state_machines.py
 
 `--first` starts at another seed, to repeat a failure or to go on. Exits with 1 at the first failure.
