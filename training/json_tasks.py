@@ -58,6 +58,17 @@ def _phrase(rng: Rng) -> str:
     return rng.choice([f"{v.adjective(rng)} {v.noun(rng)}", v.noun(rng), f"{v.noun(rng)} with {v.noun(rng)}"])
 
 
+def _date(rng: Rng) -> str:
+    """A date, more often one that begins as many other words of a sentence do."""
+    return f"the {rng.randint(4, 20)}th of {rng.choice(w.MONTHS)}" if rng.random() < 0.2 else v.date(rng)
+
+
+def _email(rng: Rng) -> str:
+    """An address, often with a common word before the sign."""
+    left, right = v.email(rng).split("@")
+    return f"{rng.choice([left, left, rng.choice(w.NOUNS).split()[-1], rng.choice(_ACTIONS)])}@{right}"
+
+
 def _list(make: Callable[[Rng], str]) -> Callable[[Rng], list[str]]:
     return lambda rng: list(dict.fromkeys(make(rng) for _ in range(rng.randint(2, 4))))
 
@@ -101,6 +112,8 @@ def _read() -> list[Field]:
         "room": lambda rng: str(rng.randint(1, 400)),
         "org": lambda rng: v.pseudo(rng, 2).capitalize() + rng.choice([" Ltd", " AG", "", " and Sons"]),
         **v.SLOTS,
+        "date": _date,
+        "email": _email,
     }
     fields = []
     for line in _TEXT.strip().splitlines():
@@ -127,7 +140,7 @@ mail url website link page duration period
 _CUED = {
     "name person contact customer author patient teacher": "by from with for I'm called am yours, greetings,",
     "city town place destination location": "in to from near at through of around reached left",
-    "age": "aged turned turns became becomes was reached be already only almost",
+    "age": "aged turned turns became becomes was reached be already only almost in by of with since before",
 }
 """Words after which a sentence states the value of such a key without naming it."""
 CUES = {key: tuple(cues.split()) for keys, cues in _CUED.items() for key in keys.split()}
@@ -175,6 +188,7 @@ want need like know think see hear read write speak answer ask wait stay live wo
 send pay buy sell open close begin end meet visit help try learn keep find lose wish hope plan choose change finish
 """.split()  # noqa: SIM905
 _BREAKS = [" ", " ", " ", " ", ": ", ", ", " = ", " - ", " (", ' "']
+_WHO = ["he", "she", "they", "we", "you", "one"]
 _CLOSING = {" (": ")", ' "': '"'}
 _JSON_WORDS = ["JSON", "JSON", "json", "a JSON object", "an object", "JSON only", ""]
 _REQUESTS = """
@@ -183,8 +197,18 @@ collect report copy out down back exactly only kindly now
 """.split()  # noqa: SIM905
 
 
+def _unknown_word(rng: Rng) -> str:
+    """A word that is in no list: made up, or a known one with another ending."""
+    if rng.random() < 0.4:
+        return v.pseudo(rng)
+    return rng.choice(rng.choice([_ACTIONS, w.NOUNS])).rstrip("e") + rng.choice(["s", "ed", "ed", "ing", "er"])
+
+
 def _joints(rng: Rng, most: int) -> str:
-    return " ".join(rng.choice(_JOINTS if rng.random() < 0.85 else w.NOUNS) for _ in range(rng.randint(0, most)))
+    def word() -> str:
+        return _unknown_word(rng) if rng.random() < 0.1 else rng.choice(_JOINTS if rng.random() < 0.85 else w.NOUNS)
+
+    return " ".join(word() for _ in range(rng.randint(0, most)))
 
 
 def composed_ask(keys: str, rng: Rng) -> str:
@@ -216,16 +240,18 @@ def composed_sentence(key: str, value: str, rng: Rng) -> str:
 
 
 def _words(rng: Rng, most: int) -> str:
-    """Little words, nouns, adjectives and verbs in any order."""
-    kinds = rng.choices([_JOINTS, w.NOUNS, w.ADJECTIVES, _ACTIONS], [10, 4, 2, 4], k=rng.randint(0, most))
-    return " ".join(rng.choice(kind) for kind in kinds)
+    """Little words, nouns, adjectives, verbs and unknown words in any order."""
+    kinds = rng.choices([_JOINTS, w.NOUNS, w.ADJECTIVES, _ACTIONS, []], [10, 3, 2, 3, 5], k=rng.randint(0, most))
+    return " ".join(rng.choice(kind) if kind else _unknown_word(rng) for kind in kinds)
 
 
 def composed_typed(value: str, rng: Rng, cues: tuple[str, ...] = ()) -> str:
     """A sentence that holds a value without its key, after one of the words that announce it, if there are any."""
     text = f"{_words(rng, 5)} {rng.choice(cues)}" if cues else _words(rng, 5)
     text = f"{text.strip()} {value}".strip()
-    if rng.random() < 0.6:
+    if rng.random() < 0.3:
+        text += f" {rng.choice(_WHO)} {_words(rng, 4)}".rstrip()
+    elif rng.random() < 0.6:
         text += rng.choice([" ", " ", ", "]) + (_words(rng, 6) or rng.choice(w.NOUNS))
     return text + "."
 
@@ -233,7 +259,9 @@ def composed_typed(value: str, rng: Rng, cues: tuple[str, ...] = ()) -> str:
 def _foreign(field: Field, rng: Rng) -> Field:
     """The field with a random key, and often with letters of other scripts in its values."""
     key = v.pseudo(rng, 2) if rng.random() < 0.35 else rng.choice(w.NOUNS).replace(" ", "_")
-    make = v.foreign if rng.random() < 0.1 and field.kind == "string" else field.make
+    make = field.make
+    if field.kind == "string" and rng.random() < 0.35:  # values that look like nothing that the sentence says
+        make = rng.choice([v.foreign, v.code, v.code, _date, v.price])
     return Field(key, field.kind, make, ())
 
 
