@@ -6,7 +6,7 @@ Under every policy a preempted request keeps its age, and nobody waits for ever.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from pagedllm_core.request import Request
@@ -61,6 +61,9 @@ class WaitingQueue:
             raise ValueError(f"request {request.request_id!r} is not waiting")
         del self._requests[index]
 
+    def begin(self, running: Iterable[Request]) -> None:
+        """A step is decided now; take note of who runs."""
+
     def charge(self, request: Request, prompt_tokens: int, output_tokens: int) -> None:
         """Take note of what a request was given in a step."""
 
@@ -91,6 +94,7 @@ class FairQueue(WaitingQueue):
         self._waiting: dict[str | None, WaitingQueue] = {}
         self._counters: dict[str | None, float] = {}
         self._level = 0.0
+        self._sharers = 1  # keys that have requests
 
     def __len__(self) -> int:
         """Number of waiting requests."""
@@ -122,11 +126,15 @@ class FairQueue(WaitingQueue):
             del self._waiting[request.share_key]
             self._forget_idle()
 
+    def begin(self, running: Iterable[Request]) -> None:
+        """Count the keys among which a step is shared."""
+        self._sharers = max(1, len({*self._waiting, *(request.share_key for request in running)}))
+
     def charge(self, request: Request, prompt_tokens: int, output_tokens: int) -> None:
         """Add what a request was given to its key's counter."""
         key, cost = request.share_key, prompt_tokens + OUTPUT_WEIGHT * output_tokens
         self._counters[key] = self._counters.get(key, self._level) + cost
-        self._level += cost / (len(self._waiting) + (key not in self._waiting))
+        self._level += cost / self._sharers
 
     def _forget_idle(self) -> None:
         """Counters that are behind the level say nothing any more; without this they would pile up."""

@@ -159,6 +159,7 @@ class Scheduler:
             return None
         self.pool.begin()
         self.swap.begin()
+        self.waiting.begin(self.running)
         batch = ScheduledBatch()
         if not self._schedule_chunks(batch, self._schedule_decodes(batch, candidates)):
             self._admit(batch, None)
@@ -170,6 +171,7 @@ class Scheduler:
         Args:
             only: Schedule nothing but this request (used to find the culprit of a failed step).
         """
+        self.waiting.begin(self.running)
         batch = ScheduledBatch()
         preemptions = self.num_preemptions
         candidates = [request for request in self.running if only is None or request is only]

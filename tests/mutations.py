@@ -179,7 +179,7 @@ MUTATIONS = [
         " or (rule.early_stopping is True and self.full)\n        return",
         "\n        return",
     ),
-    Mutation("a new key starts below whoever waits", QUEUE, "self._level += cost", "self._level += 0 * cost"),
+    Mutation("a new key starts below whoever waits", QUEUE, "self._level += cost / self._sharers", "pass"),
     Mutation("an idle key saves up", QUEUE, "max(self._counters.get(key, 0.0), self._level)", "0.0"),
     Mutation("what is recomputed is charged again", SCHEDULER, "max(start, sequence.num_charged)", "start"),
     Mutation(

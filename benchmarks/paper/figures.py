@@ -135,6 +135,11 @@ def figure_15(report: Report) -> None:
         saved = simulation.sharing.saved
         report.data.setdefault("15", {}).setdefault("parallel sampling", []).append(saved)
         report.add("15", f"parallel sampling, n={width}, Alpaca, %", saved, f"{paper:g}", paper - 1.5, paper + 1.5)
+    for width in parallel:
+        simulation = Simulation(params={"n": width, "temperature": 1.0})
+        simulation.run(jobs(SHAREGPT, report.count(600), 0.3))
+        saved = simulation.sharing.saved
+        report.add("15", f"parallel sampling, n={width}, ShareGPT, %", saved, "16.2–30.5", 16.2 - 1.5, 30.5 + 1.5)
     for model in filter(None, ("tiny", report.beam_model)):
         for dataset, low, high in ((ALPACA, 37.56, 55.16), (SHAREGPT, 44.3, 66.3)):
             for width, paper in beams.items():

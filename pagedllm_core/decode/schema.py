@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pagedllm_core.errors import InvalidRequestError
@@ -49,8 +50,8 @@ def prepare_schema(schema: dict[str, Any], strict: bool = True) -> dict[str, Any
         InvalidRequestError: It has a keyword that would not be enforced, or none at all.
     """
     check_keywords(schema)
-    closing = not _combines(schema)
-    prepared: dict[str, Any] = _prepared(schema, closing, strict)
+    loosely = None if strict else _Loosely(has_names='"$id"' in json.dumps(schema, default=str))
+    prepared: dict[str, Any] = _prepared(schema, not _combines(schema), loosely)
     return prepared
 
 
@@ -84,26 +85,26 @@ def _combines(schema: Any) -> bool:
     return joined or beside or any(map(_combines, schema.values()))
 
 
-def _prepared(schema: Any, closing: bool, strict: bool) -> Any:
+def _prepared(schema: Any, closing: bool, loosely: _Loosely | None) -> Any:
     if not isinstance(schema, dict):
         return schema
     done = dict(schema)
     for name in _SINGLE:
         if isinstance(done.get(name), dict):
-            done[name] = _prepared(done[name], closing, strict)
+            done[name] = _prepared(done[name], closing, loosely)
     for name in (*_LISTS, "items"):
         if isinstance(done.get(name), list):
-            done[name] = [_prepared(item, closing, strict) for item in done[name]]
+            done[name] = [_prepared(item, closing, loosely) for item in done[name]]
     for name in _MAPS:
         if isinstance(done.get(name), dict):
-            done[name] = {key: _prepared(value, closing, strict) for key, value in done[name].items()}
+            done[name] = {key: _prepared(value, closing, loosely) for key, value in done[name].items()}
     if isinstance(done.get("additionalProperties"), dict):
-        done["additionalProperties"] = _prepared(done["additionalProperties"], closing, strict)
+        done["additionalProperties"] = _prepared(done["additionalProperties"], closing, loosely)
     listed = isinstance(done.get("properties"), dict) and set(done.get("required") or ()) <= done["properties"].keys()
     if closing and listed and "additionalProperties" not in done:
         done["additionalProperties"] = False
-    if not strict:
-        _loosen(done)
+    if loosely is not None:
+        loosely.leave_out(done)
     if done.get("uniqueItems") is False:
         del done["uniqueItems"]
     if isinstance(done.get("format"), str) and done["format"] not in _FORMATS:
@@ -117,17 +118,30 @@ def _prepared(schema: Any, closing: bool, strict: bool) -> Any:
     return done
 
 
-def _loosen(schema: dict[str, Any]) -> None:
-    """Leave out of one schema what no grammar can hold an output to, and what llguidance refuses even if lenient."""
-    for name in ("uniqueItems", "minProperties"):
-        schema.pop(name, None)
-    if isinstance(schema.get("$ref"), str) and not schema["$ref"].startswith("#"):
-        del schema["$ref"]
-    if isinstance(schema.get("pattern"), str) and not _is_readable(schema["pattern"]):
-        del schema["pattern"]
-    if isinstance(schema.get("patternProperties"), dict):
-        found = schema["patternProperties"]
-        schema["patternProperties"] = {key: value for key, value in found.items() if _is_readable(key)}
+@dataclass(frozen=True)
+class _Loosely:
+    """Leaves out what no grammar can hold an output to, and what llguidance refuses even if lenient.
+
+    Attributes:
+        has_names: True where parts of the schema have addresses of their own, which references may name.
+    """
+
+    has_names: bool
+
+    def leave_out(self, schema: dict[str, Any]) -> None:
+        """Change one schema, but not those inside."""
+        for name in ("uniqueItems", "minProperties"):
+            schema.pop(name, None)
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and not reference.startswith("#") and not self.has_names:
+            del schema["$ref"]
+        if isinstance(schema.get("pattern"), str) and not _is_readable(schema["pattern"]):
+            del schema["pattern"]
+        found = schema.get("patternProperties")
+        if isinstance(found, dict) and not all(map(_is_readable, found)):
+            schema["patternProperties"] = {key: value for key, value in found.items() if _is_readable(key)}
+            if schema.get("additionalProperties") is False:  # it would forbid what such a pattern allows
+                del schema["additionalProperties"]
 
 
 def _is_readable(pattern: str) -> bool:

@@ -127,6 +127,28 @@ def test_single_calls_without_end_do_not_starve_a_batch() -> None:
     assert len(engine.scheduler.waiting._counters) < 100  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("seats", "callers", "least", "most"), [(2, 1, 0.4, 0.6), (8, 7, 0.08, 0.2)])
+def test_a_batch_beside_callers_gets_no_more_than_its_share(
+    seats: int, callers: int, least: float, most: float
+) -> None:
+    """Callers that run and do not wait count, too."""
+    engine = fake_engine(FakeRunner(num_blocks=512), max_num_seqs=seats, scheduling_policy="fair")
+    for number in range(600):
+        engine.add([1, 2, 3], PARAMS, request_id=f"batch {number}", share_key="batch")
+    given, calling = Counter[str](), 0
+    for _ in range(500):
+        for caller in range(calling, callers):
+            engine.add([4, 5, 6], PARAMS, request_id=f"call {given['call']} {caller}", share_key=f"key {caller}")
+        calling = callers
+        for output in engine.step():
+            kind = output.request_id.split()[0]
+            given[kind] += sum(len(one.token_ids) for one in output.outputs)
+            if output.finished and kind == "call":
+                key = output.request_id.split()[-1]
+                engine.add([4, 5, 6], PARAMS, request_id=f"call {given['call']} {key}", share_key=f"key {key}")
+    assert least < given["batch"] / sum(given.values()) < most
+
+
 @pytest.mark.parametrize("caching", [False, True])
 def test_shares_are_equal_where_memory_is_short(caching: bool) -> None:
     """Who comes later is preempted more often; what is recomputed then does not count against its share."""

@@ -69,7 +69,7 @@ class ChatPagedLLM(AllAtOnce, PagedModel, BaseChatModel):
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         # A cache would know a class by its name alone.
-        if kwargs.get("tools"):
+        if isinstance(kwargs.get("tools"), list | tuple):
             with as_langchain_errors():
                 kwargs["tools"] = as_tools(kwargs["tools"])
         if is_class(kwargs.get("response_format")):

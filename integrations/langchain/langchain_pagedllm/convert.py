@@ -88,7 +88,8 @@ def _assistant(message: AIMessage) -> dict[str, Any]:
     for block in blocks:
         if block.get("type") in _CALL_BLOCKS and block.get("id") not in known:
             calls.append((block.get("id"), _name(block), block.get(_CALL_BLOCKS[block["type"]]) or {}))
-    if not calls and isinstance(legacy := message.additional_kwargs.get("function_call"), Mapping):
+    legacy = message.additional_kwargs.get("function_call")
+    if not calls and legacy and isinstance(legacy, Mapping):
         calls.append((None, _name(legacy), legacy.get("arguments") or {}))
     if calls:
         converted["tool_calls"] = [

@@ -76,7 +76,7 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
     ) -> LLMResult:
         """Complete all prompts in one shared batch."""
         model, rest = self._with(kwargs)
-        return BaseLLM.generate(model, prompts, stop, callbacks, **rest)
+        return BaseLLM.generate(model, prompts, model._stops(stop), callbacks, **rest)
 
     async def agenerate(
         self,
@@ -87,7 +87,13 @@ class PagedLLM(AllAtOnce, PagedModel, BaseLLM):
     ) -> LLMResult:
         """Complete all prompts in one shared batch."""
         model, rest = self._with(kwargs)
-        return await BaseLLM.agenerate(model, prompts, stop, callbacks, **rest)
+        return await BaseLLM.agenerate(model, prompts, model._stops(stop), callbacks, **rest)
+
+    def _stops(self, given: list[str] | None) -> list[str] | None:
+        """The stop strings of a call; a cache sees what is given here in place of the field."""
+        if given is not None or not self.stop:
+            return given
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
     def _with(self, given: dict[str, Any]) -> tuple[PagedLLM, dict[str, Any]]:
         """This model with the fields that one call gives, and what else that gives."""

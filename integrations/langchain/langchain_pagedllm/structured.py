@@ -69,7 +69,7 @@ def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
         tool = {**tool, "title": tool["$ref"].rpartition("/")[2]}  # as pydantic describes a class that holds itself
     try:
         converted = convert_to_openai_tool(tool, strict=strict)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise InvalidRequestError(f"tools: {tool!r:.80} does not describe a tool ({reason})") from error
     if not isinstance(tool, Mapping):  # Python makes a set of what it reads
@@ -83,7 +83,7 @@ def as_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
         if "$defs" in schema or "definitions" in schema:
             parameters = {key: value for key, value in schema.items() if key not in ("title", "description")}
             converted["function"]["parameters"] = parameters
-        elif is_class(described):
+        elif is_class(described) and "properties" in schema:
             named = {**_without_titles(schema), "title": converted["function"]["name"]}
             converted["function"]["parameters"] = convert_to_openai_tool(named, strict=strict)["function"]["parameters"]
     return converted

@@ -406,6 +406,7 @@ def test_what_other_providers_write_is_read():
     legacy = AIMessage("", additional_kwargs={"function_call": {"name": "add", "arguments": '{"a": 1}'}})
     (call,) = to_template_messages([legacy])[0]["tool_calls"]
     assert call["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    assert "tool_calls" not in to_template_messages([AIMessage("", additional_kwargs={"function_call": {}})])[0]
     thinking = [{"type": "thinking", "thinking": "Why? "}, {"type": "reasoning", "reasoning": "So."}]
     other = [{"type": "server_tool_call", "id": "1", "name": "find", "args": {}}, {"type": "non_standard", "value": {}}]
     (converted,) = to_template_messages([AIMessage([*thinking, *other, {"type": "text", "text": "Yes."}])])

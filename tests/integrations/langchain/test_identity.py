@@ -157,3 +157,13 @@ def test_a_cache_tells_tools_of_one_name_apart() -> None:
     for name in ("first", "second"):
         (call,) = chat.invoke("Hi", tools=[tool_of(name)], tool_choice="any").tool_calls
         assert list(call["args"]) == [name]
+
+
+def test_a_cache_knows_the_field_s_stop_strings() -> None:
+    given = {"model": "tiny", "max_tokens": 12, "ignore_eos": True}
+    text = PagedLLM(**given).invoke("One, two,")
+    end, cache = text[len(text) // 2], InMemoryCache()
+    stopped, whole = PagedLLM(stop=[end], cache=cache, **given), PagedLLM(cache=cache, **given)
+    assert stopped.invoke("One, two,") == text[: text.index(end)]
+    assert whole.invoke("One, two,") == text
+    assert whole.invoke("One, two,", stop=[end]) == stopped.invoke("One, two,")
