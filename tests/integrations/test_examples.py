@@ -72,7 +72,7 @@ def test_notebook() -> None:
 def test_agents_call_tools_in_parallel(tmp_path: Path) -> None:
     text = output_of("agent_parallel_tools.py", tmp_path)
     assert len(re.findall(r"^  get_(weather|train)\(\w+\) .*-> .", text, re.MULTILINE)) == 12
-    assert figure(r"calls with the right city\s+(\d+) of 12", text) >= 0
+    assert figure(r"calls with the right city\s+(\d+) of 12", text) >= 9
     assert figure(r"most tools at once\s+(\d+)", text) > 1
     assert figure(r"largest batch\s+(\d+)", text) > 1
 
@@ -93,5 +93,5 @@ def test_messages_become_bookings(tmp_path: Path) -> None:
     text = output_of("structured_extraction.py", tmp_path)
     assert len(re.findall(r"^ *\d+  \S.*day\b.*\d\d:\d\d", text, re.MULTILINE)) == 32
     assert figure(r"valid bookings\s+(\d+) of 32", text) == 32
-    assert figure(r"all four right\s+(\d+) of 32", text) <= figure(r"right name\s+(\d+) of 32", text)
+    assert figure(r"all four right\s+(\d+) of 32", text) >= 20
     assert figure(r"largest batch\s+(\d+)", text) > 1
